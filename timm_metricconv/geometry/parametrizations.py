@@ -1,0 +1,129 @@
+"""From the predictor's raw channels to a metric M: one function and one row of `PARAMETRIZATIONS` each.
+
+A function takes `raw` `[..., channels − 2]` (the last two predicted channels are the drift's) and the pair
+`scale = (s_min, s_max)`, and returns the components (a, b, d, sqrt(det M)), each `[...]`. All but `logspd` are the paper's.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Tuple
+
+import torch
+from torch import Tensor
+
+from .metrics import Metric
+
+EPS = 1e-6
+EPS_L = 0.01
+# `logspd` keeps trace and anisotropy of log M within ±LOG_BOUND each: the semi-axes of a ball stay between 1/4 and 4.
+LOG_BOUND = math.log(4.0)
+
+
+def cholesky(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+    """M = LLᵀ with L = [[|l₀| + ε_L, 0], [l₁, |l₂| + ε_L]]."""
+    l0, l1, l2 = raw[..., 0].abs() + eps_l, raw[..., 1], raw[..., 2].abs() + eps_l
+    return l0 * l0, l0 * l1, l1 * l1 + l2 * l2, l0 * l2
+
+
+def ldl(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+    """M = LDLᵀ with L = [[1, 0], [l₀, 1]] and D = diag(|d₁| + ε_L, |d₂| + ε_L)."""
+    l0, d1, d2 = raw[..., 0], raw[..., 1].abs() + eps_l, raw[..., 2].abs() + eps_l
+    return d1, d1 * l0, d1 * l0 * l0 + d2, (d1 * d2).sqrt()
+
+
+def _from_axes(direction: Tensor, first: Tensor, second: Tensor, eps: float = EPS) -> Metric:
+    """M = R diag(λ) Rᵀ with R = [v̂, v̂⊥] and v̂ = (v + ε) / (‖v‖ + ε)."""
+    unit = (direction + eps) / (torch.linalg.vector_norm(direction, dim=-1, keepdim=True) + eps)
+    x, y = unit[..., 0], unit[..., 1]
+    a = first * x * x + second * y * y
+    b = (first - second) * x * y
+    d = first * y * y + second * x * x
+    return a, b, d, (first * second).sqrt() * (x * x + y * y)
+
+
+def spectral(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+    """Axis v = raw₀₁, eigenvalues |raw₂₃| + ε_L."""
+    return _from_axes(raw[..., 0:2], raw[..., 2].abs() + eps_l, raw[..., 3].abs() + eps_l)
+
+
+def _scale(raw: Tensor, scale: Tuple[float, float]) -> Tensor:
+    return (scale[1] + scale[0]) / 2 + (raw.sigmoid() - 0.5) * (scale[1] - scale[0])
+
+
+# A sigmoid of −1e4 is zero in float32, and a metric is not: the floor is far below any trained value.
+def spectral_scale(raw: Tensor, scale: Tuple[float, float], floor: float = 1e-8) -> Metric:
+    """Axis v = raw₀₁, eigenvalues 2σ(raw₂₃)·scale(raw₄)."""
+    size = _scale(raw[..., 4], scale)
+    first, second = (2 * raw[..., 2].sigmoid()).clamp(min=floor), (2 * raw[..., 3].sigmoid()).clamp(min=floor)
+    return _from_axes(raw[..., 0:2], first * size, second * size)
+
+
+def spectral_scale_ratio(raw: Tensor, scale: Tuple[float, float], eps: float = EPS, floor: float = 1e-8) -> Metric:
+    """As `spectral_scale`, the second eigenvalue 1 / (2σ(raw₃) + ε) before scaling."""
+    size = _scale(raw[..., 4], scale)
+    first, second = (2 * raw[..., 2].sigmoid()).clamp(min=floor), 1 / (2 * raw[..., 3].sigmoid() + eps)
+    return _from_axes(raw[..., 0:2], first * size, second * size)
+
+
+def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, tiny: float = 1e-30) -> Metric:
+    """M = exp(S), S = [[p + q, r], [r, p − q]]; p and the norm of (q, r) stay smoothly within ±`bound`."""
+    p, q, r = raw[..., 0], raw[..., 1], raw[..., 2]
+    p = p * (1 + (p / bound).square()).rsqrt()
+    squash = (1 + (q * q + r * r) / (bound * bound)).rsqrt()
+    q, r = q * squash, r * squash
+    n = (q * q + r * r + tiny).sqrt()  # `tiny` only keeps the derivative finite at zero
+    size = p.exp()
+    mean, slope = size * n.cosh(), size * n.sinh() / n
+    return mean + slope * q, slope * r, mean - slope * q, size
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """A row of the table in DESIGN.md §4.
+
+    Attributes:
+        function: Raw channels to metric.
+        channels: Number of predicted channels, the drift's two included.
+        identity: `scale` → raw values (without the drift's) for which M = I.
+        uniform_rows: Predictor rows that the paper starts at 1 / (k²·C_in).
+        default_rows: Predictor rows that the paper leaves at `nn.Conv2d`'s initialisation.
+        log_bound: Bound on |log λ| / 2 of every eigenvalue λ; infinite where there is none.
+    """
+
+    function: Callable[[Tensor, Tuple[float, float]], Metric]
+    channels: int
+    identity: Callable[[Tuple[float, float]], Tuple[float, ...]]
+    uniform_rows: Tuple[int, ...] = ()
+    default_rows: Tuple[int, ...] = ()
+    log_bound: float = math.inf
+
+
+def _half_scale_logit(scale: Tuple[float, float]) -> float:
+    """The raw value for which 2σ(raw)·scale(0) = 1."""
+    mean = (scale[0] + scale[1]) / 2
+    if mean <= 0.5:
+        raise ValueError(f"scale={scale}: the identity metric is out of reach, (s_min + s_max) / 2 must be above 0.5.")
+    return -math.log(2 * mean - 1)
+
+
+def _ratio_identity(scale: Tuple[float, float]) -> Tuple[float, ...]:
+    first = _half_scale_logit(scale)
+    # 1 / (2σ + ε) = 1 / mean
+    share = ((scale[0] + scale[1]) / 2 - EPS) / 2
+    if share >= 1:
+        raise ValueError(f"scale={scale}: the identity metric is out of reach, (s_min + s_max) / 2 must be below 2.")
+    return 1.0, 0.0, first, math.log(share / (1 - share)), 0.0
+
+
+PARAMETRIZATIONS = {
+    "logspd": Parametrization(logspd, 5, lambda scale: (0.0, 0.0, 0.0), log_bound=LOG_BOUND),
+    "cholesky": Parametrization(cholesky, 5, lambda scale: (1 - EPS_L, 0.0, 1 - EPS_L), uniform_rows=(0, 2)),
+    "ldl": Parametrization(ldl, 5, lambda scale: (0.0, 1 - EPS_L, 1 - EPS_L), uniform_rows=(1, 2)),
+    "spectral": Parametrization(
+        spectral, 6, lambda scale: (1.0, 0.0, 1 - EPS_L, 1 - EPS_L), default_rows=(0, 1, 2, 3, 4, 5)
+    ),
+    "spectral_scale": Parametrization(
+        spectral_scale, 7, lambda s: (1.0, 0.0, _half_scale_logit(s), _half_scale_logit(s), 0.0), default_rows=(0, 1)
+    ),
+    "spectral_scale_ratio": Parametrization(spectral_scale_ratio, 7, _ratio_identity, default_rows=(0, 1)),
+}

@@ -1,0 +1,266 @@
+"""The fast CPU backend: gather with `embedding_bag`, then a matrix product, slab by slab.
+
+A bag is the four corners of one sample, the table is the channels-last image and the per-sample weights are the bilinear
+weights. A slab of columns fits the cache: it is made, multiplied and forgotten, and the backward pass makes it again.
+The image's gradient is the same gather transposed: the samples are sorted by their corner, a bag is then all the samples
+that read one pixel. So nothing is scattered, the result is deterministic, and every pass uses all threads.
+"""
+
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .flops import register_flops
+from .reference import kernel_size_of, sampling_points
+
+# Fits a core's share of the last-level cache, and stays under malloc's threshold for fresh (slow) pages.
+SLAB_BYTES = 4 * 2**20
+
+
+class _Plan(NamedTuple):
+    """Where the M = B·H_out·W_out·K samples read a padded image table of `height` by `width` rows."""
+
+    table: Tensor  # [B·height·width, C]
+    size: Tuple[int, int]
+    index: Tensor  # [M, 4] int32 rows of the table: the corners (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)
+    distance: Tensor  # [M, 2, 2] of (x, y) to the near and the far corner
+    hat: Tensor  # [M, 2, 2] max(0, 1 − |distance|), the linear interpolation weights along (x, y)
+    share: Tensor  # [M, 4] bilinear weights, without the mask
+
+
+def _plan(x: Tensor, points: Tensor) -> _Plan:
+    """The plan of `points`, `[B, H_out, W_out, K, 2]` as (x, y). It overwrites them."""
+    # One row and column of zeros for one-pixel images: the far corner then always exists.
+    if x.shape[2] < 2 or x.shape[3] < 2:
+        x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
+    batch, channels, height, width = x.shape
+    # The near corner is clamped into the image and the hat function does the rest: a sample that is a pixel or more
+    # outside weighs nothing. Integers are clamped, so NaN cannot become a wild index. Truncation is floor above zero.
+    corner = points.to(torch.int32)
+    corner[..., 0].clamp_(0, width - 2)
+    corner[..., 1].clamp_(0, height - 2)
+    near = points.sub_(corner)
+    distance = torch.stack((near, near - 1), -1).view(-1, 2, 2)
+    hat = distance.abs().neg_().add_(1).clamp_(min=0)
+    share = (hat[:, 1, :, None] * hat[:, 0, None, :]).view(-1, 4)
+    base = torch.add(corner[..., 0], corner[..., 1], alpha=width)
+    base += torch.arange(0, batch * height * width, height * width, dtype=torch.int32).view(-1, 1, 1, 1)
+    index = base.view(-1, 1) + torch.tensor([0, 1, width, width + 1], dtype=torch.int32)
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    return _Plan(table, (height, width), index, distance, hat, share)
+
+
+def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """`[n, p] @ [q, p]ᵀ + bias` as a 1×1 convolution: oneDNN's product is faster than `mm` here, in float32 and bf16."""
+    return F.conv2d(columns.t()[None, :, :, None], kernel[:, :, None, None], bias)[0, :, :, 0].t()
+
+
+def _columns(plan: _Plan, shares: Tensor, rows: slice, taps: int) -> Tensor:
+    """`[n, K·C]` columns of the output pixels `rows`, taps slow and channels fast."""
+    samples = slice(rows.start * taps, rows.stop * taps)
+    gathered = F.embedding_bag(plan.index[samples], plan.table, per_sample_weights=shares[samples], mode="sum")
+    return gathered.view(rows.stop - rows.start, -1)
+
+
+def _slabs(pixels: int, row_bytes: int, step: int = 1, limit: int = SLAB_BYTES) -> List[slice]:
+    """Slices of whole multiples of `step` output pixels whose columns take about `limit` bytes."""
+    count = max(1, limit // max(1, row_bytes * step)) * step
+    return [slice(i, min(i + count, pixels)) for i in range(0, pixels, count)]
+
+
+def _masked(shares: Tensor, mask: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    if mask is not None:
+        shares = shares * mask.permute(0, 2, 3, 1).reshape(-1, 1)
+    return shares.to(dtype)
+
+
+def _grouped(columns: Tensor, taps: Tensor, groups: int) -> Tensor:
+    """`[n, K·C]` → `[groups, n, K·C/groups]`."""
+    return columns.view(columns.shape[0], taps.shape[2], groups, -1).permute(2, 0, 1, 3).flatten(2)
+
+
+@torch.library.custom_op("timm_metricconv::gather_conv2d", mutates_args=(), device_types="cpu")
+def gather_conv2d(
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    stride: List[int],
+    padding: List[int],
+    dilation: List[int],
+    groups: int,
+) -> Tensor:
+    """`ball_conv2d_reference`, fast on CPUs."""
+    batch, _, _, out_height, out_width = positions.shape
+    taps = weight.flatten(2)
+    out_channels, _, count = taps.shape
+    plan = _plan(x, sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).contiguous())
+    shares = _masked(plan.share, mask, x.dtype)
+    out = x.new_empty(batch * out_height * out_width, out_channels)
+    kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)  # taps slow, channels fast, as the columns
+    for rows in _slabs(len(out), count * x.shape[1] * x.element_size()):
+        columns = _columns(plan, shares, rows, count)
+        if groups == 1:
+            out[rows] = _matmul(columns, kernel[0], bias)
+        else:
+            product = torch.bmm(_grouped(columns, taps, groups), kernel.transpose(1, 2)).transpose(0, 1).flatten(1)
+            out[rows] = product if bias is None else product + bias
+    return out.view(batch, out_height, out_width, out_channels).permute(0, 3, 1, 2)
+
+
+@gather_conv2d.register_fake
+def _(x, positions, weight, bias, mask, stride, padding, dilation, groups):
+    shape = (positions.shape[0], weight.shape[0], positions.shape[3], positions.shape[4])
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("timm_metricconv::gather_conv2d_backward", mutates_args=(), device_types="cpu")
+def gather_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    mask: Optional[Tensor],
+    stride: List[int],
+    padding: List[int],
+    dilation: List[int],
+    groups: int,
+    need_x: bool,
+    need_points: bool,
+    need_weight: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, positions, weight and mask; an empty tensor for what is not needed."""
+    batch, _, _, out_height, out_width = positions.shape
+    taps = weight.flatten(2)
+    out_channels, group_channels, count = taps.shape
+    pixels, channels = out_height * out_width, x.shape[1]
+    plan = _plan(x, sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).contiguous())
+    shares = _masked(plan.share, mask, x.dtype)
+    grad = grad.permute(0, 2, 3, 1).reshape(-1, out_channels)
+    kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)
+    rows_per_image = plan.size[0] * plan.size[1]
+    grad_table = torch.zeros_like(plan.table) if need_x else x.new_empty(0)
+    grad_kernel = torch.zeros(kernel.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    grad_shares = shares.new_empty(shares.shape if need_points else 0)
+
+    # Whole images, so that a slab's samples read (and their gradients return to) that slab's part of the table alone.
+    for rows in _slabs(len(grad), count * channels * x.element_size(), step=max(pixels, 1)):
+        upstream = grad[rows]
+        if need_weight:
+            columns = _columns(plan, shares, rows, count)
+            if groups == 1:
+                grad_kernel[0] += upstream.t() @ columns
+            else:
+                grouped = upstream.view(len(upstream), groups, -1).permute(1, 2, 0)
+                grad_kernel += torch.bmm(grouped, _grouped(columns, taps, groups))
+        if not (need_x or need_points):
+            continue
+        if groups == 1:
+            grad_columns = _matmul(upstream, kernel[0].t())
+        else:
+            grouped = torch.bmm(upstream.view(len(upstream), groups, -1).transpose(0, 1), kernel)
+            grad_columns = grouped.view(groups, -1, count, group_channels).permute(1, 2, 0, 3)
+        grad_samples = grad_columns.reshape(-1, channels)
+        samples = slice(rows.start * count, rows.stop * count)
+        if need_points:
+            grad_shares[samples] = _corner_products(grad_samples, plan.table, plan.index[samples])
+        if need_x:
+            table = slice(rows.start // pixels * rows_per_image, rows.stop // pixels * rows_per_image)
+            base = plan.index[samples, 0] - table.start
+            _scatter(grad_table[table], grad_samples, base, shares[samples], plan.size[1])
+
+    grad_x = x.new_empty(0)
+    if need_x:
+        grad_x = grad_table.view(batch, *plan.size, channels)[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+        grad_x = grad_x.contiguous(memory_format=torch.channels_last) if grad_x.numel() else torch.zeros_like(x)
+    grad_positions, grad_mask = positions.new_empty(0), x.new_empty(0)
+    if need_points:
+        grad_shares = grad_shares.to(plan.hat.dtype)
+        if mask is not None:
+            grad_mask = (grad_shares * plan.share).sum(1).view(batch, out_height, out_width, count)
+            grad_mask = grad_mask.permute(0, 3, 1, 2).to(mask.dtype)
+            grad_shares = grad_shares * mask.permute(0, 2, 3, 1).reshape(-1, 1)
+        grad_positions = _grad_points(grad_shares.view(-1, 2, 2), plan)
+        grad_positions = grad_positions.view(batch, out_height, out_width, count, 2).permute(0, 3, 4, 1, 2)
+    grad_weight = x.new_empty(0)
+    if need_weight:
+        grad_weight = grad_kernel.view(out_channels, count, group_channels).transpose(1, 2)
+        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype)
+    return grad_x, grad_positions, grad_weight, grad_mask
+
+
+def _corner_products(grad_samples: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """⟨gradient of a sample, pixel⟩ for its four corners, `[M, 4]`: the gradient of the bilinear weights."""
+    bags = torch.arange(len(index), dtype=index.dtype)
+    offsets, bag_of = bags * 4, bags.repeat_interleave(4)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_samples, table, index.flatten(), offsets, bag_of, 0, -1
+    )
+    return products.view(-1, 4)
+
+
+def _scatter(out: Tensor, grad_samples: Tensor, base: Tensor, shares: Tensor, width: int) -> None:
+    """Adds every sample's gradient to its four corners in `out` `[rows, C]`, as four gathers over sorted samples."""
+    ordered, order = torch.sort(base, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(len(out), dtype=ordered.dtype), out_int32=True)
+    shares = shares[order].t().contiguous()
+    order = order.to(torch.int32)
+    for corner, shift in enumerate((0, 1, width, width + 1)):
+        bags = F.embedding_bag(order, grad_samples, offsets, per_sample_weights=shares[corner], mode="sum")
+        out[shift:] += bags[: len(out) - shift]
+
+
+def _grad_points(grad_shares: Tensor, plan: _Plan) -> Tensor:
+    """Gradient of the corner weights `[M, 2 (down), 2 (right)]` → of the coordinates `[M, 2]`.
+
+    The hat's derivative is the one from the right, as torchvision's: a sample on a pixel sees its right neighbour.
+    """
+    slope = (plan.distance >= -1).to(plan.hat.dtype) - 2 * (plan.distance >= 0) + (plan.distance >= 1)
+    along_x = (grad_shares * plan.hat[:, 1, :, None]).sum(1)
+    along_y = (grad_shares * plan.hat[:, 0, None, :]).sum(2)
+    return torch.stack(((along_x * slope[:, 0]).sum(1), (along_y * slope[:, 1]).sum(1)), -1)
+
+
+@gather_conv2d_backward.register_fake
+def _(grad, x, positions, weight, mask, stride, padding, dilation, groups, need_x, need_points, need_weight):
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
+        torch.empty_like(positions.permute(0, 3, 4, 1, 2).contiguous()).permute(0, 3, 4, 1, 2)
+        if need_points
+        else positions.new_empty(0),
+        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        torch.empty_like(mask.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        if need_points and mask is not None
+        else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, positions, weight, bias, mask, *ctx.arguments = inputs
+    ctx.save_for_backward(x, positions, weight, mask)
+
+
+def _backward(ctx, grad):
+    x, positions, weight, mask = ctx.saved_tensors
+    need_x, need_positions, need_weight, need_bias, need_mask = ctx.needs_input_grad[:5]
+    grad_x, grad_positions, grad_weight, grad_mask = gather_conv2d_backward(
+        grad, x, positions, weight, mask, *ctx.arguments, need_x, need_positions or need_mask, need_weight
+    )
+    return (
+        grad_x if need_x else None,
+        grad_positions if need_positions else None,
+        grad_weight if need_weight else None,
+        grad.sum((0, 2, 3)) if need_bias else None,
+        grad_mask if need_mask else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+gather_conv2d.register_autograd(_backward, setup_context=_setup_context)
+register_flops(torch.ops.timm_metricconv.gather_conv2d, torch.ops.timm_metricconv.gather_conv2d_backward)

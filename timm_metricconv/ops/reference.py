@@ -1,0 +1,75 @@
+"""The plain reference: four corners, four weights, one sum. Every other backend is compared with it.
+
+It runs on any device, in any dtype, under TorchScript, `torch.export` and the ONNX exporter, because it is ordinary tensor
+code. It keeps all columns in memory.
+"""
+
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+
+def sampling_points(
+    positions: Tensor, kernel_size: List[int], stride: List[int], padding: List[int], dilation: List[int]
+) -> Tensor:
+    """Positions relative to kernel centres → coordinates in the image, `[B, H_out, W_out, K, 2]` as (x, y).
+
+    The centre of output pixel (i, j) is at stride·(i, j) − padding + dilation·(kernel_size − 1) / 2.
+
+    Args:
+        positions: `[B, K, 2, H_out, W_out]`.
+        kernel_size: As the others, (vertical, horizontal).
+    """
+    height, width = positions.shape[3], positions.shape[4]
+    y = torch.arange(height, device=positions.device) * stride[0] + (dilation[0] * (kernel_size[0] - 1) / 2 - padding[0])
+    x = torch.arange(width, device=positions.device) * stride[1] + (dilation[1] * (kernel_size[1] - 1) / 2 - padding[1])
+    centres = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1).to(positions.dtype)
+    return positions.permute(0, 3, 4, 1, 2) + centres[:, :, None]
+
+
+def kernel_size_of(weight: Tensor) -> List[int]:
+    """(vertical, horizontal) size of a kernel; free taps `[C_out, C_in/groups, K]` sit about one pixel."""
+    return [weight.shape[2], weight.shape[3]] if weight.dim() == 4 else [1, 1]
+
+
+def ball_conv2d_reference(
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    stride: List[int],
+    padding: List[int],
+    dilation: List[int],
+    groups: int,
+) -> Tensor:
+    """out = bias + Σ_j W_j · m_j · f(centre + y_j). Arguments and shapes are `ball_conv2d`'s, pairs are written out."""
+    batch, channels, height, width = x.shape
+    points = sampling_points(positions, kernel_size_of(weight), stride, padding, dilation)
+    corner = points.floor()
+    fraction = points - corner
+    table = x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(positions.dtype)
+    image = (torch.arange(batch, device=x.device) * (height * width)).view(batch, 1, 1, 1)
+
+    columns = torch.zeros(points.shape[:4] + (channels,), dtype=positions.dtype, device=x.device)
+    for down in range(2):
+        for right in range(2):
+            column, row = corner[..., 0] + right, corner[..., 1] + down
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            share = (fraction[..., 0] if right == 1 else 1 - fraction[..., 0]) * (
+                fraction[..., 1] if down == 1 else 1 - fraction[..., 1]
+            )
+            # NaN and huge positions must not become wild indices: integers are clamped last
+            column, row = column.to(torch.int64).clamp(0, width - 1), row.to(torch.int64).clamp(0, height - 1)
+            values = table[image + row * width + column]
+            columns = columns + values * torch.where(inside, share, torch.zeros_like(share))[..., None]
+    if mask is not None:
+        columns = columns * mask.permute(0, 2, 3, 1)[..., None].to(columns.dtype)
+
+    columns = columns.unflatten(-1, (groups, channels // groups))
+    kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
+    out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)
+    if bias is not None:
+        out = out + bias.to(out.dtype)[:, None, None]
+    return out.to(x.dtype)
