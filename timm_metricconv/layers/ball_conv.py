@@ -1,0 +1,234 @@
+"""The convolution that all of the family shares: a ball gives positions, one op takes them."""
+
+import math
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..geometry import PATTERNS
+from ..ops import BACKENDS, ball_conv2d
+from ..ops.reference import ball_conv2d_reference
+
+IntPair = Union[int, Sequence[int]]
+INITS = ("identity", "paper")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+    return value
+
+
+def _int_pair(name: str, value: IntPair, least: int) -> Tuple[int, int]:
+    pair = tuple(_pair(value)) if isinstance(value, (int, tuple, list)) else ()
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}, or two of them.")
+    return pair[0], pair[1]
+
+
+class BallConv2d(nn.Module):
+    """Base of the convolutions that sample a ball around each pixel; a subclass says which one in `ball`.
+
+    The arguments are those of `nn.Conv2d` with a square kernel, and those that every subclass takes:
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: k; the ball is sampled K = k² times.
+        stride: Step of the centres.
+        padding: Zeros around the input; by default dilation·(k // 2), which keeps the size at stride 1.
+        dilation: Of the lattice and of the predictor.
+        groups: Of the kernel; the predictor always reads all channels.
+        bias: Whether there is one.
+        predicted: Channels of the predictor (set by the subclass); 0 for none.
+        modulated: Predict a factor for each sample too, 2σ(raw) (DCNv2's masks, doubled so that zero means 1).
+        fixed_kernel: The kernel gets no gradient (the paper's FKW); it stays in the state dict.
+        init: "identity" (starts as `nn.Conv2d`) or "paper" (every tap 1 / (k²·C_in), the paper's predictor).
+        backend: Name of a backend of `ops.ball_conv2d`; by default the fastest that can run.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Optional[IntPair] = None,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        predicted: int,
+        modulated: bool = False,
+        fixed_kernel: bool = False,
+        init: str = "identity",
+        backend: Optional[str] = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.kernel_size = _int_pair("kernel_size", kernel_size, 1)
+        k = self.kernel_size[0]
+        if k != self.kernel_size[1]:
+            raise ValueError(f"kernel_size={kernel_size!r}: a ball has one size, the kernel must be square.")
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive integer.")
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups}: must divide in_channels={in_channels} and out_channels={out_channels}.")
+        if backend is not None:
+            _choice("backend", backend, list(BACKENDS))
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.stride = _int_pair("stride", stride, 1)
+        self.dilation = _int_pair("dilation", dilation, 1)
+        same = (self.dilation[0] * (k // 2), self.dilation[1] * (k // 2))
+        self.padding = same if padding is None else _int_pair("padding", padding, 0)
+        self.modulated, self.fixed_kernel, self.backend = modulated, fixed_kernel, backend
+        self.init = _choice("init", init, INITS)
+        self.max_radius = math.inf
+
+        dd = {"device": device, "dtype": dtype}
+        taps = k * k
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, k, k, **dd), requires_grad=not fixed_kernel
+        )
+        self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
+        channels = predicted + taps * modulated
+        self.predictor = self._make_predictor(channels, dd) if channels else None
+        self.pattern = "lattice"
+
+    def _make_predictor(self, channels: int, dd: dict) -> nn.Module:
+        return nn.Conv2d(
+            self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd
+        )
+
+    def _tabulate(self) -> None:
+        """(Re)makes the pattern's tables on the device of the kernel, in float32 at least: never rounded to bf16."""
+        directions, radii = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
+        like = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        self.register_buffer("directions", directions.to(**like), persistent=False)
+        self.register_buffer("points", (radii[:, :, None] * directions).to(**like), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._tabulate()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Initialises kernel, bias and predictor as `init` says."""
+        fan_in = self.weight[0].numel()
+        if self.init == "paper":
+            nn.init.constant_(self.weight, 1 / fan_in)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self.reset_predictor()
+
+    def reset_predictor(self) -> None:
+        """Initialises the predictor alone: zero, or the paper's 1e-6, with bias zero."""
+        if self.predictor is not None:
+            nn.init.constant_(self.predictor.weight, 1e-6 if self.init == "paper" else 0.0)
+            nn.init.zeros_(self.predictor.bias)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **conv_cfg) -> "BallConv2d":
+        """A layer in the place of `conv`: its arguments and, with `init="identity"`, its very parameters.
+
+        Args:
+            conv: Square kernel, zero padding.
+            **conv_cfg: Arguments of the layer that `nn.Conv2d` does not have.
+        """
+        padding = conv.padding
+        if isinstance(padding, str):
+            # torch pads "same" by dilation·(k − 1) in all, on both sides alike where that is even
+            padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size))
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            **{"device": conv.weight.device, "dtype": conv.weight.dtype, **conv_cfg},
+        )
+        if layer.init == "identity":
+            layer.weight, layer.bias = conv.weight, conv.bias
+            if layer.fixed_kernel:
+                layer.weight.requires_grad_(False)
+        return layer.train(conv.training)
+
+    def out_size(self, x: Tensor) -> List[int]:
+        """(H_out, W_out) for an input."""
+        return [
+            (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0] + 1,
+            (x.shape[3] + 2 * self.padding[1] - self.dilation[1] * (self.kernel_size[1] - 1) - 1) // self.stride[1] + 1,
+        ]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Raw channels `[B, channels, H_out, W_out]`, in float32 at least."""
+        raw = self.predictor(x)
+        return raw.to(torch.promote_types(raw.dtype, torch.float32))
+
+    def ball(self, raw: Tensor) -> Tensor:
+        """Raw channels → positions `[B, K, 2, H_out, W_out]`."""
+        raise NotImplementedError
+
+    def density(self, raw: Tensor) -> Optional[Tensor]:
+        """Raw channels → the factor of each sample `[B, K, H_out, W_out]`, or None where there is none."""
+        if not self.modulated:
+            return None
+        return 2 * raw[:, -self.kernel_size[0] * self.kernel_size[1] :].sigmoid()
+
+    @torch.jit.ignore
+    def positions(self, x: Tensor) -> Tensor:
+        """Where each output pixel reads.
+
+        Args:
+            x: Input `[B, C_in, H, W]`.
+
+        Returns:
+            `[B, K, 2, H_out, W_out]` as (x, y) in pixels of x, from the centre of the kernel's receptive field.
+            float32, also under autocast; float64 in a float64 layer.
+        """
+        return self.ball(self.predict(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
+        if x.dim() != 4:
+            raise ValueError(f"input: expected [B, C_in, H, W], got {x.shape}.")
+        raw = self.predict(x)
+        positions, mask = self.ball(raw), self.density(raw)
+        if torch.jit.is_scripting():
+            return ball_conv2d_reference(
+                x, positions, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
+            )
+        return ball_conv2d(
+            x,
+            positions,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            mask=mask,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"]
+        for name, default in (("dilation", (1, 1)), ("groups", 1), ("modulated", False), ("fixed_kernel", False)):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))
