@@ -1,0 +1,94 @@
+"""The checkpoint filter: a standard network's or the authors' state dict → ours, or a refusal that names the keys."""
+
+import logging
+import re
+from typing import Dict, List
+
+from torch import Tensor, nn
+
+from ..layers import BallConv2d
+
+_logger = logging.getLogger(__name__)
+
+# The names that the authors' code gives to the parts of a layer, DESIGN.md §5.
+AUTHORS_NAMES = (
+    (re.compile(r"\.ker$"), ".weight"),
+    (re.compile(r"\.intermediate_Mw\."), ".predictor."),
+    (re.compile(r"\.deform_conv2d\.(weight|bias)$"), r".\1"),
+    (re.compile(r"\.conv_offsets\."), ".predictor."),
+)
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in AUTHORS_NAMES:
+        key = pattern.sub(name, key)
+    return key
+
+
+def _list(keys: List[str]) -> str:
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Fits a checkpoint to a converted network.
+
+    A standard network's checkpoint has no predictors: the model's own, as initialised, are kept. Where the model has
+    another stem (`stem="cifar"`) the model's own stem is kept, with a warning. timm adapts the classifier and the
+    input channels afterwards.
+
+    Args:
+        state_dict: Of timm's or torchvision's network of that name, of the authors' code, or of this package.
+        model: The network to load.
+
+    Returns:
+        A complete state dict for `model`.
+
+    Raises:
+        RuntimeError: Keys are missing, unknown, or of another shape; nothing is skipped.
+    """
+    state_dict = {_renamed(key): value for key, value in state_dict.items()}
+    own = model.state_dict()
+    added = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, BallConv2d)
+        for key in module.state_dict()
+        if key.startswith("predictor.") or key == "offset"
+    ]
+    if not any(key in state_dict for key in added):
+        state_dict.update({key: own[key] for key in added})
+
+    first_conv, classifier = "conv1", "fc"
+    if getattr(model, "stem", "imagenet") == "cifar":
+        changed = [
+            key
+            for key in own
+            if key.startswith(first_conv) and key in state_dict and state_dict[key].shape[2:] != own[key].shape[2:]
+        ]
+        if changed:
+            _logger.warning(f'stem="cifar": the checkpoint\'s {_list(changed)} does not fit and starts untrained.')
+            state_dict.update({key: own[key] for key in changed})
+
+    missing = [k for k in own if k not in state_dict and not k.startswith(classifier)]
+    unknown = [k for k in state_dict if k not in own and not k.startswith(classifier)]
+    shapes = [
+        f"{k} (expected {tuple(own[k].shape)}, came {tuple(v.shape)})"
+        for k, v in state_dict.items()
+        if k in own and not _fits(k, v, own[k], first_conv, classifier)
+    ]
+    if missing or unknown or shapes:
+        problems = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        raise RuntimeError(
+            f"The checkpoint does not fit {type(model).__name__}: "
+            + "; ".join(f"{what}: {_list(keys)}" for what, keys in problems if keys)
+            + ". Create the model with the arguments it was saved with (conv_cfg, stages, stem, layout)."
+        )
+    return state_dict
+
+
+def _fits(key: str, value: Tensor, own: Tensor, first_conv: str, classifier: str) -> bool:
+    if key.startswith(classifier):
+        return True
+    if key.startswith(first_conv) and value.dim() == 4:
+        return value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]
+    return value.shape == own.shape

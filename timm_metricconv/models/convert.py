@@ -1,0 +1,75 @@
+"""Replaces the convolutions of any network by members of the family."""
+
+from fnmatch import fnmatchcase
+from typing import Callable, Dict, List, Optional, Sequence, Union
+
+from torch import nn
+
+from ..layers import LAYERS, BallConv2d
+
+Where = Union[str, Sequence[str], Callable[[str, nn.Conv2d], bool]]
+
+
+def _convertible(conv: nn.Module) -> bool:
+    # Subclasses of nn.Conv2d (standardised weights, TensorFlow padding) compute something else, so they stay.
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+        return False
+    k = conv.kernel_size
+    if k[0] != k[1] or k[0] == 1:
+        return False
+    # torch pads "same" unevenly where dilation·(k − 1) is odd
+    return conv.padding != "same" or all(d * (k[0] - 1) % 2 == 0 for d in conv.dilation)
+
+
+def _selector(where: Optional[Where]) -> Callable[[str, nn.Conv2d], bool]:
+    if where is None:
+        return lambda name, conv: True
+    if callable(where):
+        return where
+    globs = [where] if isinstance(where, str) else list(where)
+    return lambda name, conv: any(fnmatchcase(name, glob) for glob in globs)
+
+
+def convert(
+    model: nn.Module, conv: str = "metric", where: Optional[Where] = None, **conv_cfg
+) -> Dict[str, BallConv2d]:
+    """Replaces convolutions of `model` in place.
+
+    With `init="identity"` (the default) the new layers own the very parameters of the old ones, so the network computes
+    what it computed before. Standard convolutions inside a predictor, 1×1 kernels, kernels that are not square,
+    subclasses of `nn.Conv2d` and padding other than zeros are left alone.
+
+    Args:
+        model: Any module that contains `nn.Conv2d`.
+        conv: "metric", "deform", "shifted", "active" or "affine".
+        where: Glob(s) over module names ("layer[234].*") or a predicate (name, conv) → bool; by default every
+            convolution with k > 1 that can be replaced.
+        **conv_cfg: Arguments of the layer, e.g. `parametrization`, `eps_omega`, `fixed_kernel`.
+
+    Returns:
+        Name → the new layer, for all that was replaced.
+
+    Raises:
+        ValueError: `conv` is unknown, the model is itself a convolution, or `where` was given and selects nothing.
+        TypeError: `conv_cfg` has an argument that the layer does not take.
+    """
+    if conv not in LAYERS:
+        raise ValueError(f"conv={conv!r}: expected one of {', '.join(LAYERS)}.")
+    if isinstance(model, (nn.Conv2d, BallConv2d)):
+        raise ValueError(f"model: a {type(model).__name__} cannot be replaced in place; use {LAYERS[conv].__name__}.from_conv.")
+    selected = _selector(where)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BallConv2d))
+    candidates = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _convertible(module) and not name.startswith(inside)
+    }
+    chosen = {name: module for name, module in candidates.items() if selected(name, module)}
+    if where is not None and not chosen:
+        known: List[str] = list(candidates)[:8]
+        raise ValueError(f"where={where!r} selects no convolution that can be replaced; there are {len(candidates)}: {known}…")
+    # one new layer for a convolution that stands in several places
+    new = {module: LAYERS[conv].from_conv(module, **conv_cfg) for module in dict.fromkeys(chosen.values())}
+    for name, module in chosen.items():
+        model.set_submodule(name, new[module])
+    return {name: new[module] for name, module in chosen.items()}

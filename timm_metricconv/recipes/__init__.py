@@ -1,0 +1,1 @@
+"""Recipes: training, comparison, denoising and publishing. They need the extra `demo`."""
