@@ -4,14 +4,32 @@ import dataclasses
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Type, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Literal,
+    Optional,
+    Sequence,
+    Type,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
 C = TypeVar("C")
 
 
-class ConfigError(ValueError):
+class RecipeError(Exception):
+    """What stops a recipe and is no defect of the program: scripts print its message and nothing else."""
+
+
+class ConfigError(RecipeError, ValueError):
     """A configuration that cannot be used; the message says what was expected, what came, and what to do."""
 
 
@@ -49,13 +67,13 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         return [_coerce(key, v, item) for v in value]
     if origin in (dict, Dict):
         kind = dict
-    try:
-        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return float(value)
-        if kind is int and isinstance(value, (int, float, str)) and not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
-    except ValueError:
-        pass
+    if kind in (float, int) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float or number == int(number):
+                return kind(number)
+        except ValueError:
+            pass
     if kind is str and isinstance(value, (str, int, float)):
         return str(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -154,11 +172,11 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
     return build(cls, _merge(values, overrides), where=str(path or "command line"))
 
 
-def main(run, cls: Type[C], description: str) -> None:
+def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> None:
     """Body of a script: reads the configuration and runs; a refusal is one line on stderr and exit status 2."""
     try:
-        run(from_command_line(cls, description))
-    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        run(from_command_line(cls, description or ""))
+    except (RecipeError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on from the last checkpoint.") from None

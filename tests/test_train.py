@@ -1,0 +1,306 @@
+"""Training end to end on tiny data: what it writes, kill and resume, two processes, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate", reason="needs the extra [demo]")
+
+import numpy as np
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from timm_metricconv import BallConv2d
+from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.train import (
+    TrainConfig,
+    TrainingDiverged,
+    build_model,
+    is_predictor,
+    parameter_groups,
+    predictor_regulariser,
+    train,
+)
+from timm_metricconv.recipes.validate import ValidateConfig, validate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate allows one precision in the life of a process; each test is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An image folder of two easy classes: dark and bright noise."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for label, level in (("dark", 40), ("bright", 200)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(random.normal(level, 20, (20, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(root)
+
+
+def tiny(tmp_path, images, **changes) -> TrainConfig:
+    values = {
+        "model": "test_resnet_metric",
+        "model_args": {"stem": "cifar"},
+        "data": images,
+        "input_size": 16,
+        "batch_size": 8,
+        "epochs": 3,
+        "workers": 0,
+        "lr": 2e-3,
+        "output": str(tmp_path / "run"),
+        **changes,
+    }
+    return TrainConfig(**values)
+
+
+def weights(folder: Path):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_what_a_run_writes(tmp_path, images):
+    config = tiny(tmp_path, images)
+    summary = train(config, quiet=True)
+    folder = config.folder
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["top1"] > 90
+    assert len((folder / "curves.csv").read_text().splitlines()) == 1 + config.epochs
+    assert "lr: 0.002" in (folder / "config.yaml").read_text()
+    assert not [path for path in folder.rglob("*") if "tmp" in path.name]
+    model = timm.create_model(f"local-dir:{folder}/model", pretrained=True)
+    assert model.num_classes == 2 and model.pretrained_cfg["input_size"] == (3, 16, 16)
+    record = validate(ValidateConfig(model=f"local-dir:{folder}/model", data=images, workers=0, batch_size=5))
+    assert record["top1"] == pytest.approx(summary["top1"]) and record["images"] == 12
+    started = time.perf_counter()
+    assert train(config, quiet=True) == summary  # complete: only read
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema_decay": 0.9, "mixup": 0.2, "smoothing": 0.1, "grad_accum": 2, "workers": 1, "opt": "sgd", "lr": 0.05},
+        {"model": "test_resnet_deform", "fixed_kernel": True, "amp": "bf16", "re_prob": 0.5},
+    ],
+    ids=["plain", "everything", "fixed kernel in bf16"],
+)
+def test_interrupted_run_equals_uninterrupted(tmp_path, images, changes, monkeypatch):
+    whole = tiny(tmp_path, images, output=str(tmp_path / "whole"), **changes)
+    train(whole, quiet=True)
+    parted = tiny(tmp_path, images, output=str(tmp_path / "parted"), **changes)
+
+    from timm_metricconv.recipes import train as module
+
+    epoch = module._Trainer.epoch
+
+    def killed(self, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Trainer, "epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(parted, quiet=True)
+    assert not (parted.folder / "summary.json").exists()
+    train(parted, quiet=True)
+    a, b = weights(whole.folder), weights(parted.folder)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def run_script(*arguments, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def script_arguments(config: TrainConfig):
+    values = {key: getattr(config, key) for key in ("model", "data", "input_size", "batch_size", "epochs", "workers")}
+    pairs = [f"--{key}={value}" for key, value in values.items()]
+    return ["scripts/train.py", *pairs, "--model_args.stem=cifar", f"--lr={config.lr}", f"--output={config.output}"]
+
+
+def test_killed_process_goes_on(tmp_path, images):
+    whole = tiny(tmp_path, images, output=str(tmp_path / "whole"), epochs=4)
+    process = run_script(sys.executable, *script_arguments(whole))
+    assert process.wait(300) == 0, process.stdout.read()
+    parted = tiny(tmp_path, images, output=str(tmp_path / "parted"), epochs=4)
+    process = run_script(sys.executable, *script_arguments(parted))
+    deadline = time.monotonic() + 300
+    while not (parted.folder / "checkpoints" / "epoch_1").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (parted.folder / "summary.json").exists()
+    process = run_script(sys.executable, *script_arguments(parted))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "going on after epoch" in output, output
+    a, b = weights(whole.folder), weights(parted.folder)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_two_processes(tmp_path, images):
+    config = tiny(tmp_path, images, batch_size=4, epochs=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = run_script(*torchrun, *script_arguments(config))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    summary = json.loads((config.folder / "summary.json").read_text())
+    assert summary["top1"] >= 50
+    record = validate(ValidateConfig(model=f"local-dir:{config.folder}/model", data=images, workers=0))
+    assert record["top1"] == pytest.approx(summary["top1"], abs=1e-4)  # the gather lost and repeated no image
+
+
+def test_warm_start_takes_all_but_the_classifier(tmp_path, images):
+    source = tiny(tmp_path, images, model="test_resnet", model_args={}, epochs=1)
+    train(source, quiet=True)
+    checkpoint = str(source.folder / "model" / "model.safetensors")
+    model = build_model(TrainConfig(model="test_resnet_metric", checkpoint=checkpoint), 2)
+    loaded = load_file(checkpoint)
+    assert torch.equal(model.layer3[0].conv2.weight, loaded["layer3.0.conv2.weight"])
+    assert not torch.equal(model.fc.weight, loaded["fc.weight"])
+
+
+def test_fixed_kernels_stay(tmp_path, images):
+    config = tiny(tmp_path, images, fixed_kernel=True, epochs=1)
+    torch.manual_seed(config.seed)
+    train(config, quiet=True)
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed)
+    before = build_model(config, 2).state_dict()
+    after = weights(config.folder)
+    assert torch.equal(before["layer3.0.conv2.weight"], after["layer3.0.conv2.weight"])
+    assert not torch.equal(before["layer1.0.conv2.weight"], after["layer1.0.conv2.weight"])
+    assert after["layer3.0.conv2.predictor.weight"].any()
+
+
+def test_parameter_groups():
+    model = timm.create_model("test_resnet_metric")
+    config = TrainConfig(lr=0.5, predictor_lr=0.1, weight_decay=0.3)
+    groups = parameter_groups(model, config)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = by_id[id(parameter)]
+        assert group["lr"] == pytest.approx(0.05 if is_predictor(name) else 0.5)
+        assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
+
+
+def test_predictor_regulariser():
+    model = timm.create_model("test_resnet_deform")
+    layers = [module for module in model.modules() if isinstance(module, BallConv2d)]
+    for i, layer in enumerate(layers):
+        torch.nn.init.constant_(layer.predictor.weight, -i)
+        torch.nn.init.constant_(layer.predictor.bias, 3 * i)
+    expected = sum(2 * i for i in range(len(layers))) / len(layers)
+    assert predictor_regulariser(model).item() == pytest.approx(expected)
+
+
+def test_nan_stops_and_keeps_the_last_good_state(tmp_path, images):
+    good = tiny(tmp_path, images, epochs=2)
+    from timm_metricconv.recipes import train as module
+
+    step, calls = module._Trainer._step, []
+
+    def diverging(self, *batch):
+        calls.append(1)
+        return step(self, *batch) * (float("nan") if len(calls) > 4 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Trainer, "_step", diverging)
+        with pytest.raises(TrainingDiverged, match="the loss is nan in epoch 2"):
+            train(good, quiet=True)
+    assert (good.folder / "checkpoints" / "epoch_1").exists()
+    assert all(value.isfinite().all() for value in weights(good.folder).values() if value.is_floating_point())
+    assert train(good, quiet=True)["epochs"] == 2  # and the run can go on
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, images, monkeypatch):
+    config = tiny(tmp_path, images)
+    from accelerate import Accelerator
+
+    save_state, calls = Accelerator.save_state, []
+
+    def full(self, folder, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save_state(self, folder, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(config, quiet=True)
+    assert [p.name for p in (config.folder / "checkpoints").iterdir() if p.suffix != ".tmp"] == ["epoch_1"]
+    assert train(config, quiet=True)["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"model": "resnet19_metric"}, "Unknown model"),
+        ({"model_args": {"conv_cfg": {"drft": "whitened"}}}, "drft"),
+        ({"model_args": {"conv_cfg": {"pattern": "union"}}}, "pattern='union': expected one of"),
+        ({"checkpoint": "nowhere.safetensors"}, "no file 'nowhere.safetensors'"),
+        ({"batch_size": 1000}, "more than the 32 training images"),
+        ({"amp": "fp16"}, "fp16"),
+    ],
+)
+def test_refusals(tmp_path, images, changes, message):
+    if changes.get("amp") == "fp16" and torch.cuda.is_available():
+        pytest.skip("a GPU can do fp16")
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(tmp_path, images, **changes), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_is_refused(tmp_path, images):
+    train(tiny(tmp_path, images, epochs=1), quiet=True)
+    with pytest.raises(ConfigError, match=r"another lr \(0.002 → 0.5\)"):
+        train(tiny(tmp_path, images, epochs=1, lr=0.5), quiet=True)
+
+
+def test_folder_without_classes(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="needs the folders train/ and val/"):
+        train(tiny(tmp_path, str(tmp_path / "data")), quiet=True)
+
+
+def test_validate_refuses_other_classes(tmp_path, images):
+    train(tiny(tmp_path, images, epochs=1), quiet=True)
+    with pytest.raises(ConfigError, match="has 2 classes, digits has 10"):
+        validate(ValidateConfig(model=f"local-dir:{tmp_path}/run/model", data="digits", workers=0))
+
+
+def test_textures_do_not_overlap():
+    from timm_metricconv.recipes.data import _textures
+
+    train_set, val_set = _textures(True), _textures(False)
+    seen = {image.tobytes() for image in train_set.images}
+    assert not any(image.tobytes() in seen for image in val_set.images)
+    assert len(train_set) > 1000 and len(val_set) > 300 and set(val_set.labels) == {0, 1, 2}

@@ -1,0 +1,226 @@
+"""The fair comparison: the same network, data and training with each convolution, warm-started and from scratch."""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
+
+import timm
+import torch
+import yaml
+from timm.models import list_models
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import BallConv2d
+from .config import ConfigError, build, option
+from .data import class_count, image_size, make_datasets
+from .report import console, print_table, save_figure, write_atomic, write_summary
+from .train import TrainConfig, _read_curves, parameter_counts, train
+
+CONVS = ("standard", "shifted", "deform", "metric")
+_COLOURS = {"standard": "#555555", "shifted": "#E69F00", "deform": "#56B4E9", "metric": "#D55E00"}
+
+
+@dataclass
+class CompareConfig:
+    """A comparison."""
+
+    name: str = option("compare", "name of the comparison")
+    output: Optional[str] = option(None, "folder; by default runs/<name>")
+    model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
+    model_args: Dict[str, Any] = option({}, "arguments of all four networks: stem, layout, stages, conv_cfg")
+    conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric (active, affine)")
+    init: List[Literal["transfer", "scratch"]] = option(["transfer", "scratch"], "transfer (TL), scratch (SC)")
+    kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
+    seeds: List[int] = option([0, 1], "one run for each")
+    source: Dict[str, Any] = option({}, "training of the standard network that transfer starts from; empty: the Hub's")
+    train: Dict[str, Any] = option({}, "training, the same for every run (see scripts/train.py --help)")
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison writes."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+class Cell(NamedTuple):
+    """A row of the table."""
+
+    conv: str
+    init: str
+    kernel: str
+
+    @property
+    def label(self) -> str:
+        """Name of its runs' folders."""
+        return "-".join(self)
+
+
+def _cells(config: CompareConfig) -> Iterator[Cell]:
+    for init in config.init:
+        for kernel in config.kernel:
+            for conv in config.conv:
+                yield Cell(conv, init, kernel)
+
+
+def _network(config: CompareConfig, conv: str) -> Dict[str, Any]:
+    """`model` and `model_args` of a training run: the standard network is the converted one with no stage converted."""
+    if conv == "standard":
+        return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "stages": []}}
+    if f"{config.model}_{conv}" in list_models(f"{config.model}_*"):
+        return {"model": f"{config.model}_{conv}", "model_args": config.model_args}
+    return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv": conv}}
+
+
+def _freeze(config: CompareConfig, cell: Cell) -> Optional[Callable[[nn.Module], None]]:
+    """FKW: no gradient for the kernels that are adaptive in the other networks; from scratch they are uniform."""
+    if cell.kernel == "learnable":
+        return None
+    twin = timm.create_model(f"{config.model}_metric", **config.model_args)
+    names = [name for name, module in twin.named_modules() if isinstance(module, BallConv2d)]
+
+    def freeze(model: nn.Module) -> None:
+        for name in names:
+            weight = model.get_submodule(name).weight
+            if cell.init == "scratch":
+                nn.init.constant_(weight, 1 / weight[0].numel())
+            weight.requires_grad_(False)
+
+    return freeze
+
+
+def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
+    return build(TrainConfig, {**config.train, **overrides}, where="train")
+
+
+def _source_checkpoint(config: CompareConfig) -> Optional[str]:
+    """Trains the standard network on the source task, once; the file that every transfer run starts from."""
+    if not config.source or "transfer" not in config.init:
+        return None
+    folder = config.folder / "source"
+    values = {**config.source, **_network(config, "standard"), "name": "source", "output": str(folder)}
+    summary = train(_train_config(config, **values), quiet=True)
+    console.print(f"source task {summary['data']}: the standard network reaches {summary['top1']:.2f} % top-1")
+    return str(folder / "model" / "model.safetensors")
+
+
+def count_macs(model: nn.Module, size: int) -> float:
+    """Multiply-adds of one image of `size`² pixels in units of 1e9, the gather of adaptive layers counted."""
+    image = torch.zeros(1, 3, size, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    return counter.get_total_flops() / 2e9
+
+
+def _cost(config: CompareConfig, conv: str) -> Dict[str, Any]:
+    training = _train_config(config)
+    classes = class_count(training, make_datasets(training)[0])
+    network = _network(config, conv)
+    model = timm.create_model(network["model"], num_classes=classes, **network["model_args"])
+    return {**parameter_counts(model), "gmacs": count_macs(model, image_size(training, model.pretrained_cfg))}
+
+
+def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost: Dict[str, Any]) -> Dict[str, Any]:
+    top1 = [run["top1"] for run in runs]
+    return {
+        **cell._asdict(),
+        "seeds": config.seeds,
+        "top1_mean": statistics.mean(top1),
+        "top1_std": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+        "top1": top1,
+        **cost,
+        "images_per_second": statistics.median(run["images_per_second"] for run in runs),
+        "seconds": sum(run["seconds"] for run in runs),
+    }
+
+
+def _row(record: Dict[str, Any]) -> Dict[str, Any]:
+    """What a table for people has room for."""
+    return {
+        **{key: record[key] for key in Cell._fields},
+        "top-1 (%)": f"{record['top1_mean']:.2f} ± {record['top1_std']:.2f}",
+        "params": f"{record['params']:,}",
+        "predictors": f"{record['predictor_params']:,}",
+        "GMACs": record["gmacs"],
+        "images/s": round(record["images_per_second"]),
+    }
+
+
+def _run_folder(config: CompareConfig, cell: Cell, seed: int) -> Path:
+    return config.folder / f"{cell.label}-seed{seed}"
+
+
+def plot_curves(config: CompareConfig):
+    """Top-1 over epochs: one panel for each (init, kernel), one line for each convolution, mean and range over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")
+    panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
+    titles = {"transfer": "warm start", "scratch": "from scratch", "learnable": "learnable", "fixed": "fixed"}
+    for cell in _cells(config):
+        axes = panels[config.init.index(cell.init)][config.kernel.index(cell.kernel)]
+        axes.set_title(f"{titles[cell.init]}, {titles[cell.kernel]} kernels")
+        curves = [_read_curves(_run_folder(config, cell, seed) / "curves.csv", 10**9) for seed in config.seeds]
+        epochs = [row["epoch"] for row in curves[0]]
+        values = [[curve[i]["top1"] for curve in curves] for i in range(len(epochs))]
+        colour = _COLOURS.get(cell.conv)
+        axes.plot(epochs, [statistics.mean(v) for v in values], label=cell.conv, color=colour, marker=".")
+        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch")
+    for row in panels:
+        row[0].set_ylabel("validation top-1 (%)")
+    panels[0][0].legend(loc="lower right")
+    figure.suptitle(f"{config.model} on {config.train.get('data', 'digits')}, {len(config.seeds)} seeds (band: range)")
+    return figure
+
+
+def compare(config: CompareConfig) -> List[Dict[str, Any]]:
+    """Runs every cell of {conv} × {init} × {kernel} with every seed, skipping what is complete, and reports.
+
+    Writes `summary.json`, `summary.csv`, `summary.md` and `curves.png` into `config.folder`, each run into a folder of
+    its own below it.
+
+    Returns:
+        The records of `summary.json`.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
+    """
+    unknown = [conv for conv in config.conv if conv not in (*CONVS, "active", "affine")]
+    if unknown:
+        raise ConfigError(f"conv: expected some of {', '.join(CONVS)}, active, affine; got {unknown}.")
+    if f"{config.model}_metric" not in list_models("*_metric"):
+        known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
+        raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")
+    write_atomic(config.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    checkpoint = _source_checkpoint(config)
+    cells = list(_cells(config))
+    total, done, records = len(cells) * len(config.seeds), 0, []
+    costs = {conv: _cost(config, conv) for conv in config.conv}
+    for cell in cells:
+        runs = []
+        for seed in config.seeds:
+            transfer = cell.init == "transfer"
+            run = _train_config(
+                config,
+                **_network(config, cell.conv),
+                name=cell.label,
+                output=str(_run_folder(config, cell, seed)),
+                seed=seed,
+                pretrained=transfer and checkpoint is None,
+                checkpoint=checkpoint if transfer else None,
+                fixed_kernel=cell.kernel == "fixed",
+            )
+            with console.status(f"run {done + 1} of {total}: {cell.label}, seed {seed}"):
+                runs.append(train(run, quiet=True, prepare=_freeze(config, cell)))
+            done += 1
+            console.print(f"[{done:>3}/{total}] {cell.label:<28} seed {seed}: top-1 {runs[-1]['top1']:6.2f} %")
+        records.append(_record(cell, config, runs, costs[cell.conv]))
+    rows = [_row(record) for record in records]
+    write_summary(config.folder, records, f"{config.name}: top-1 of {config.model}", rows)
+    save_figure(plot_curves(config), config.folder / "curves.png")
+    print_table(rows, f"{config.name}: {config.folder}")
+    return records

@@ -1,0 +1,79 @@
+"""How results leave a recipe: JSON and CSV for programs, Markdown and a table for people, written whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+from rich.console import Console
+from rich.table import Table
+
+# a pipe has no width of its own, and 80 columns cut tables
+console = Console() if sys.stdout.isatty() else Console(width=120)
+Record = Dict[str, Any]
+
+
+def write_atomic(path: Union[str, Path], content: Union[str, bytes]) -> None:
+    """Writes a file beside its place and moves it there: a reader never sees half of it, a full disk keeps the old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure, path: Union[str, Path]) -> None:
+    """Saves a matplotlib figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    write_atomic(path, buffer.getvalue())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
+
+
+def csv_text(records: Sequence[Record]) -> str:
+    """Records as CSV; a list becomes one cell of numbers separated by spaces."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    return out.getvalue()
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Records as a Markdown table."""
+    columns = list(records[0]) if records else []
+    rows = [columns, ["---"] * len(columns), *([_text(record.get(c)) for c in columns] for record in records)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write_summary(
+    folder: Union[str, Path], records: List[Record], title: str, rows: Optional[Sequence[Record]] = None
+) -> None:
+    """Writes `summary.json`, `summary.csv` and `summary.md` into `folder`; `rows` are what the Markdown shows instead."""
+    folder = Path(folder)
+    write_atomic(folder / "summary.json", json.dumps(records, indent=2) + "\n")
+    write_atomic(folder / "summary.csv", csv_text(records))
+    write_atomic(folder / "summary.md", f"# {title}\n\n{markdown(rows or records)}")
+
+
+def print_table(records: Sequence[Record], title: str) -> None:
+    """Records as a table on the terminal."""
+    table = Table(title=title)
+    for column, value in (records[0] if records else {}).items():
+        table.add_column(column, justify="right" if isinstance(value, (int, float)) else "left")
+    for record in records:
+        table.add_row(*map(_text, record.values()))
+    console.print(table)

@@ -1,0 +1,474 @@
+"""Fine-tuning: timm gives data, augmentation, optimiser, schedule, loss and EMA; accelerate gives devices and state."""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..layers import BallConv2d
+from ..models import checkpoint_filter_fn
+from ..models.ball_resnet import BallResNet
+from .config import ConfigError, RecipeError, option
+from .data import DataConfig, class_count, image_size, make_datasets, make_loader, normalisation
+from .report import console, csv_text, print_table, write_atomic
+
+# Steps between two looks at the loss: a look waits for the device.
+CHECK_EVERY = 50
+
+
+class TrainingDiverged(RecipeError):
+    """The loss is no number any more."""
+
+
+@dataclass
+class TrainConfig(DataConfig):
+    """A training run."""
+
+    name: str = option("train", "name of the run")
+    output: Optional[str] = option(None, "folder of the run; by default runs/<name>")
+    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
+    pretrained: bool = option(False, "start from the model's pretrained weights")
+    model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
+    checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
+    fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
+    epochs: int = option(10, "epochs")
+    opt: str = option("adamw", "timm optimiser")
+    lr: float = option(1e-3, "learning rate")
+    predictor_lr: float = option(0.1, "factor on the predictors' learning rate (DCN practice)")
+    predictor_regulariser: float = option(0.0, "weight of the mean |parameter| of the predictors")
+    weight_decay: float = option(1e-4, "weight decay")
+    decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
+    sched: str = option("cosine", "timm schedule, stepped each epoch")
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    min_lr: float = option(0.0, "last learning rate")
+    clip_grad: Optional[float] = option(None, "largest norm of the gradient")
+    smoothing: float = option(0.0, "label smoothing")
+    mixup: float = option(0.0, "mixup alpha")
+    cutmix: float = option(0.0, "cutmix alpha")
+    ema_decay: Optional[float] = option(None, "validate and save an exponential average of the weights")
+    amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
+    grad_accum: int = option(1, "batches in one optimiser step")
+    channels_last: bool = option(True, "memory format of network and images")
+    seed: int = option(0, "seed of weights, order and augmentation")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+def warm_start(model: nn.Module, path: str) -> None:
+    """Loads a checkpoint of a standard or converted network into `model`, which keeps its own classifier.
+
+    Raises:
+        ConfigError: The file is missing or broken, or a key is missing, unknown or of another shape.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"checkpoint: there is no file {path!r}.")
+    try:
+        state = timm.models.load_state_dict(path)
+    except Exception as error:  # safetensors, zip and pickle have exceptions of their own
+        raise ConfigError(f"checkpoint: {path!r} cannot be read ({error}); is it complete?") from error
+    own, classifier = model.state_dict(), f"{model.pretrained_cfg['classifier']}."
+    try:
+        if isinstance(model, BallResNet):
+            state = checkpoint_filter_fn(state, model)
+        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+        model.load_state_dict({**state, **{k: v for k, v in own.items() if k.startswith(classifier)}})
+    except RuntimeError as error:
+        raise ConfigError(f"checkpoint: {path!r}: {error}") from None
+
+
+def build_model(config: TrainConfig, num_classes: Optional[int] = None) -> nn.Module:
+    """The network that a configuration names, with its starting weights and (by default its own) number of classes.
+
+    Raises:
+        ConfigError: timm does not know the model, or it refuses its arguments or its weights.
+    """
+    arguments = config.model_args if num_classes is None else {**config.model_args, "num_classes": num_classes}
+    try:
+        model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model_args: {config.model} refuses {config.model_args}: {error}") from error
+    except RuntimeError as error:
+        raise ConfigError(f"model: {config.model}: {error}") from error
+    if config.checkpoint:
+        warm_start(model, config.checkpoint)
+    if config.fixed_kernel:
+        for module in adaptive_layers(model):
+            module.weight.requires_grad_(False)
+    return model
+
+
+def adaptive_layers(model: nn.Module) -> List[BallConv2d]:
+    """All metric, deformable, ... layers of a network."""
+    return [module for module in model.modules() if isinstance(module, BallConv2d)]
+
+
+def is_predictor(name: str) -> bool:
+    """Whether a parameter's name is that of a predictor (or of an active convolution's offsets)."""
+    return ".predictor." in f".{name}" or name.split(".")[-1] == "offset"
+
+
+def predictor_regulariser(model: nn.Module) -> Tensor:
+    """The mean over layers and over {weight, bias} of mean |parameter| (the authors' regulariser, DESIGN.md §7)."""
+    terms = [
+        sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
+        for layer in adaptive_layers(model)
+        if layer.predictor is not None
+    ]
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
+    """Parameters by (predictor or not) × (decayed or not); timm's schedules honour `lr_scale`."""
+    groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = config.decay_all or parameter.ndim > 1
+            groups.setdefault((is_predictor(name), decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_scale": config.predictor_lr if predictor else 1.0,
+            "lr": config.lr * (config.predictor_lr if predictor else 1.0),
+        }
+        for (predictor, decayed), parameters in groups.items()
+    ]
+
+
+class _Checkpoints:
+    """`checkpoints/epoch_N`, each a complete accelerate state: written aside, moved into place, then the older one goes."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.folder, self.accelerator = folder / "checkpoints", accelerator
+
+    def _complete(self) -> List[Path]:
+        found = [path for path in self.folder.glob("epoch_*") if path.suffix != ".tmp"]
+        return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+    def resume(self) -> int:
+        """Loads the newest state and returns the number of epochs that are done."""
+        complete = self._complete()
+        if not complete:
+            return 0
+        self.accelerator.load_state(str(complete[-1]))
+        return int(complete[-1].name.split("_")[1])
+
+    def save(self, epoch: int) -> None:
+        temporary, final = self.folder / f"epoch_{epoch}.tmp", self.folder / f"epoch_{epoch}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(temporary, final)
+            for older in self._complete()[:-1]:
+                shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+
+class _EmaState:
+    """The EMA weights as accelerate wants to save them."""
+
+    def __init__(self, ema: ModelEmaV3):
+        self.ema = ema
+
+    def state_dict(self) -> Dict[str, Any]:
+        return self.ema.module.state_dict()
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.ema.module.load_state_dict(state)
+
+
+def save_model(model: nn.Module, config: DataConfig, folder: Path) -> None:
+    """Writes `model/model.safetensors` and `model/config.json`, which `timm.create_model("local-dir:…")` loads."""
+    target, temporary = folder / "model", folder / "model.tmp"
+    mean, std = normalisation(config, model.pretrained_cfg)
+    size = image_size(config, model.pretrained_cfg)
+    data_config = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": config.crop_pct}
+    # safetensors refuses channels-last strides
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    timm.models.save_for_hf(plain, str(temporary), safe_serialization=True, data_config=data_config)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, target / file.name)
+    temporary.rmdir()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, channels_last: bool = True
+) -> Dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 in percent over a prepared loader, all processes together."""
+    model.eval()
+    outputs, targets = [], []
+    for images, target in loader:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        output, target = accelerator.gather_for_metrics((output.float(), target))
+        outputs.append(output.cpu())
+        targets.append(target.cpu())
+    output, target = torch.cat(outputs), torch.cat(targets)
+    top1, top5 = accuracy(output, target, topk=(1, min(5, output.shape[1])))
+    loss = nn.functional.cross_entropy(output, target)
+    return {"val_loss": loss.item(), "top1": float(top1), "top5": float(top5)}
+
+
+def _loss(config: TrainConfig) -> nn.Module:
+    if config.mixup or config.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+
+def _read_curves(path: Path, epochs: int) -> List[Dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= epochs]
+
+
+def _same_run(folder: Path, resolved: Dict[str, Any]) -> None:
+    """Refuses to go on with a run that was begun with another configuration (more epochs are another schedule)."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    begun = yaml.safe_load(path.read_text())
+    places = ("name", "output", "workers", "data_dir")
+    changed = [key for key in resolved if key not in places and begun.get(key) != resolved[key]]
+    if changed:
+        what = ", ".join(f"{key} ({begun.get(key)} → {resolved[key]})" for key in changed)
+        raise ConfigError(f"output: {folder} holds a run with another {what}. Give another --output or remove it.")
+
+
+class _Trainer:
+    """One run: what `train` needs at hand between epochs."""
+
+    def __init__(self, config: TrainConfig, quiet: bool, prepare: Optional[Callable[[nn.Module], None]]):
+        self.config, self.quiet = config, quiet
+        try:
+            self.accelerator = Accelerator(
+                # without this, accelerate takes two processes on a machine without accelerator for two runs
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision=config.amp,
+                gradient_accumulation_steps=config.grad_accum,
+                # the order of an epoch follows from (seed, epoch) alone, so a resumed run sees the same images
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+                step_scheduler_with_optimizer=False,
+            )
+        except ValueError as error:
+            raise ConfigError(f"amp={config.amp!r}: {error}") from None
+        if config.amp == "fp16" and self.accelerator.device.type == "cpu":
+            raise ConfigError("amp='fp16' needs a GPU and there is none; on a CPU take 'bf16' or 'no'.")
+        self.main = self.accelerator.is_main_process
+        set_seed(config.seed)
+        with self.accelerator.main_process_first():  # one process downloads
+            train_set, val_set = make_datasets(config)
+        classes = class_count(config, train_set)
+        model = build_model(config, classes)
+        if prepare is not None:
+            prepare(model)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
+        optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
+        self.scheduler, _ = create_scheduler_v2(
+            optimiser,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            min_lr=config.min_lr,
+        )
+        loaders = (
+            make_loader(config, train_set, model.pretrained_cfg, train=True),
+            make_loader(config, val_set, model.pretrained_cfg, train=False),
+        )
+        self.model, self.optimiser, self.train_loader, self.val_loader = self.accelerator.prepare(
+            model, optimiser, *loaders
+        )
+        self.ema = ModelEmaV3(self.bare, decay=config.ema_decay) if config.ema_decay else None
+        if self.ema:
+            self.accelerator.register_for_checkpointing(_EmaState(self.ema))
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+        self.loss = _loss(config)
+
+    @property
+    def bare(self) -> nn.Module:
+        """The network without its distribution wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the EMA where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def _step(self, images: Tensor, target: Tensor) -> Tensor:
+        config = self.config
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mixup:
+            images, target = self.mixup(images, target)
+        with self.accelerator.accumulate(self.model):
+            with self.accelerator.autocast():
+                loss = self.loss(self.model(images), target)
+            if config.predictor_regulariser:
+                loss = loss + config.predictor_regulariser * predictor_regulariser(self.bare)
+            self.accelerator.backward(loss)
+            if config.clip_grad and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            if self.ema and self.accelerator.sync_gradients:
+                self.ema.update(self.bare)
+        return loss.detach()
+
+    def _check(self, total: Tensor, epoch: int, step: int) -> float:
+        loss = float(self.accelerator.reduce(total, reduction="mean"))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} in epoch {epoch + 1}, step {step}. The last good state is kept in "
+                f"{self.config.folder}; a lower --lr, --warmup_epochs or --clip_grad may help (in another --output)."
+            )
+        return loss
+
+    def epoch(self, epoch: int) -> Dict[str, Any]:
+        """One epoch of training and a validation; the row of `curves.csv`."""
+        # All randomness of an epoch follows from (seed, epoch, process), so resuming needs no more than the weights.
+        set_seed(self.config.seed + 100_003 * (epoch + 1), device_specific=True)
+        if hasattr(self.train_loader, "set_epoch"):
+            self.train_loader.set_epoch(epoch)
+        self.scheduler.step(epoch)
+        self.model.train()
+        started, images_seen, steps = time.perf_counter(), 0, 0
+        total = torch.zeros((), device=self.accelerator.device)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = self.quiet or not self.main or not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            size = len(self.train_loader) if hasattr(self.train_loader, "__len__") else None
+            task = progress.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=size)
+            for images, target in self.train_loader:
+                total += self._step(images, target)
+                steps, images_seen = steps + 1, images_seen + len(target)
+                progress.advance(task)
+                if steps % CHECK_EVERY == 0:
+                    self._check(total, epoch, steps)
+        loss = self._check(total, epoch, steps)
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": epoch + 1,
+            "lr": self.optimiser.param_groups[0]["lr"] / self.optimiser.param_groups[0]["lr_scale"],
+            "train_loss": loss / max(steps, 1),
+            **evaluate(self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
+            "images_per_second": images_seen * self.accelerator.num_processes / seconds,
+            "seconds": time.perf_counter() - started,
+        }
+
+
+def _print_epoch(row: Dict[str, Any]) -> None:
+    if row["epoch"] == 1:
+        heads = ("lr", 9), ("train loss", 10), ("val loss", 9), ("top-1", 7), ("top-5", 7), ("images/s", 9)
+        console.print("epoch", *(f"{text:>{width}}" for text, width in heads))
+    console.print(
+        f"{row['epoch']:>5} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['val_loss']:>9.4f} {row['top1']:>7.2f} "
+        f"{row['top5']:>7.2f} {row['images_per_second']:>9.0f}"
+    )
+
+
+def train(
+    config: TrainConfig, *, quiet: bool = False, prepare: Optional[Callable[[nn.Module], None]] = None
+) -> Dict[str, Any]:
+    """Trains, or goes on with a run that was stopped; a complete run is only read.
+
+    Writes into `config.folder`: `config.yaml` (resolved), `curves.csv`, `checkpoints/`, `model/` (the last epoch's
+    weights, the EMA's where there is one) and, at the end, `summary.json`.
+
+    Args:
+        config: The run.
+        quiet: No progress and no table.
+        prepare: Called with the new network before training, e.g. to freeze parts of it.
+
+    Returns:
+        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds.
+
+    Raises:
+        ConfigError: The configuration cannot be used, or the folder holds another run.
+        TrainingDiverged: The loss is not finite; the last good checkpoint is kept.
+    """
+    folder, resolved = config.folder, dataclasses.asdict(config)
+    _same_run(folder, resolved)
+    if (folder / "summary.json").exists():
+        return json.loads((folder / "summary.json").read_text())
+    trainer = _Trainer(config, quiet, prepare)
+    if trainer.main:
+        write_atomic(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    checkpoints = _Checkpoints(folder, trainer.accelerator)
+    done = checkpoints.resume()
+    rows = _read_curves(folder / "curves.csv", done)
+    if done and trainer.main and not quiet:
+        console.print(f"going on after epoch {done} of {config.epochs} in {folder}")
+    for epoch in range(done, config.epochs):
+        rows.append(trainer.epoch(epoch))
+        if trainer.main:
+            write_atomic(folder / "curves.csv", csv_text(rows))
+            save_model(trainer.ema.module if trainer.ema else trainer.bare, config, folder)
+            if not quiet:
+                _print_epoch(rows[-1])
+        checkpoints.save(epoch + 1)
+    summary = _summary(config, trainer.bare, rows)
+    if trainer.main:
+        write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if not quiet:
+            print_table([summary], f"{config.name}: {folder}")
+    trainer.accelerator.free_memory()
+    return summary
+
+
+def parameter_counts(model: nn.Module) -> Dict[str, int]:
+    """All parameters, and those of the predictors."""
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "predictor_params": sum(p.numel() for name, p in model.named_parameters() if is_predictor(name)),
+    }
+
+
+def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    # the first epoch warms up allocators and file caches
+    speeds = sorted(row["images_per_second"] for row in (rows[1:] or rows))
+    return {
+        "model": config.model,
+        "data": config.data,
+        "epochs": config.epochs,
+        "top1": rows[-1]["top1"],
+        "top5": rows[-1]["top5"],
+        **parameter_counts(model),
+        "images_per_second": speeds[len(speeds) // 2],
+        "seconds": sum(row["seconds"] for row in rows),
+    }
