@@ -188,7 +188,7 @@ def gather_conv2d_backward(
     grad_weight = x.new_empty(0)
     if need_weight:
         grad_weight = grad_kernel.view(out_channels, count, group_channels).transpose(1, 2)
-        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype)
+        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype).contiguous()
     return grad_x, grad_positions, grad_weight, grad_mask
 
 
@@ -231,7 +231,7 @@ def _(grad, x, positions, weight, mask, stride, padding, dilation, groups, need_
         torch.empty_like(positions.permute(0, 3, 4, 1, 2).contiguous()).permute(0, 3, 4, 1, 2)
         if need_points
         else positions.new_empty(0),
-        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
         torch.empty_like(mask.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
         if need_points and mask is not None
         else x.new_empty(0),

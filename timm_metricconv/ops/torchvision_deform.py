@@ -26,7 +26,8 @@ def ball_conv2d_torchvision(
     y = dilation[0] * (torch.arange(rows, device=x.device, dtype=dtype) - (rows - 1) / 2)
     x_ = dilation[1] * (torch.arange(columns, device=x.device, dtype=dtype) - (columns - 1) / 2)
     lattice = torch.stack((y[:, None].expand(rows, columns), x_.expand(rows, columns)), -1).view(1, -1, 2, 1, 1)
-    offset = (positions.flip(2) - lattice).flatten(1, 2)
+    # torchvision makes a wild index of NaN, and crashes; such samples read zero
+    offset = (positions.flip(2) - lattice).flatten(1, 2).nan_to_num(nan=-1e9, posinf=1e9, neginf=-1e9)
     return deform_conv2d(
         x.to(dtype),
         offset,
