@@ -1,0 +1,293 @@
+"""What the convolutions cost, side by side in one run: checked against the reference, then timed in turns."""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision.ops import deform_conv2d
+
+from ..layers import LAYERS, BallConv2d
+from ..ops import BACKENDS
+from .config import ConfigError, option
+from .report import console, print_table, write_atomic
+
+OURS = ("deform", "shifted", "metric")
+# (channels, height = width), DESIGN.md's sizes of ResNet18's stages
+LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class BenchmarkConfig:
+    """A benchmark."""
+
+    device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
+    what: Literal["layer", "model", "all"] = option("layer", "layer, model or all")
+    output: Optional[str] = option(None, "JSON file for the records")
+    batch: int = option(8, "images in a layer's batch")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of weights and images; positions are float32")
+    repeats: int = option(15, "timed repetitions of every peer, in turns")
+    stride: List[int] = option([1, 2], "strides of the layers")
+    models: List[str] = option(["resnet18", "resnet50"], "networks")
+    backends: List[str] = option([], "backends by name; by default all that can run, the reference left out of models")
+    compile: bool = option(False, "torch.compile every peer")
+
+
+class Peer(NamedTuple):
+    """A contestant.
+
+    Attributes:
+        name: "conv2d", "torchvision_deform", "deform", "shifted" or "metric".
+        backend: Of `ops.ball_conv2d`; the library's name for the others.
+        module: What is timed.
+    """
+
+    name: str
+    backend: str
+    module: nn.Module
+
+
+class TorchvisionDeform(nn.Module):
+    """The deformable layer as a torchvision user writes it: a predictor and `deform_conv2d`."""
+
+    def __init__(self, layer: BallConv2d):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
+        layer = self.layer
+        return deform_conv2d(
+            x, layer.predictor(x), layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation
+        )
+
+
+def _randomise(module: nn.Module) -> nn.Module:
+    """Trained-looking predictors: offsets of about a pixel, so no sample sits on the lattice."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, BallConv2d) and layer.predictor is not None:
+            weight = layer.predictor.weight
+            values = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+            weight.data.copy_(values.to(weight.dtype))
+    return module
+
+
+def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
+    unknown = [name for name in config.backends if name not in BACKENDS]
+    if unknown:
+        raise ConfigError(f"backends: expected some of {', '.join(BACKENDS)}; got {unknown}.")
+    names = config.backends or [name for name in BACKENDS if reference or name != "reference"]
+    return [name for name in names if BACKENDS[name].why_not(config.device, 4) is None]
+
+
+def _layer_peers(config: BenchmarkConfig, channels: int, stride: int, backends: List[str]) -> Iterator[Peer]:
+    arguments = {"kernel_size": 3, "stride": stride, "padding": 1}
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, **arguments)
+    yield Peer("conv2d", "torch", conv)
+    yield Peer("torchvision_deform", "torchvision", TorchvisionDeform(_randomise(LAYERS["deform"].from_conv(conv))))
+    for name in OURS:
+        for backend in backends:
+            yield Peer(name, backend, _randomise(LAYERS[name].from_conv(conv, backend=backend)))
+
+
+def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Iterator[Peer]:
+    yield Peer("conv2d", "torch", timm.create_model(f"{model}_metric", stem=stem, stages=[]))
+    network = timm.create_model(f"{model}_deform", stem=stem, conv_cfg={"backend": "torchvision"})
+    yield Peer("torchvision_deform", "torchvision", _randomise(network))
+    for name in OURS:
+        for backend in backends:
+            if (name, backend) != ("deform", "torchvision"):
+                network = timm.create_model(f"{model}_{name}", stem=stem, conv_cfg={"backend": backend})
+                yield Peer(name, backend, _randomise(network))
+
+
+def _gradients(module: nn.Module, x: Tensor) -> List[Tensor]:
+    x = x.clone().requires_grad_()
+    out = module(x)
+    cotangent = torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], cotangent)]
+
+
+def check_against_reference(peer: Peer, x: Tensor) -> None:
+    """Compares a layer's output and gradients with the reference backend's.
+
+    Raises:
+        RuntimeError: They differ by more than the dtype explains; such a backend must not be timed.
+    """
+    layer = peer.module.layer if isinstance(peer.module, TorchvisionDeform) else peer.module
+    if not isinstance(layer, BallConv2d):
+        return
+    backend, layer.backend = layer.backend, "reference"
+    expected = _gradients(layer, x)
+    layer.backend = backend
+    tolerance = 1e-3 if x.dtype == torch.float32 else 5e-2
+    for value, truth in zip(_gradients(peer.module, x), expected, strict=True):
+        error = float((value.float() - truth.float()).norm() / truth.float().norm().clamp(min=1e-12))
+        if not error < tolerance:
+            raise RuntimeError(f"{peer.name} with backend {peer.backend!r} is off the reference by {error:.1e}.")
+
+
+def _step(peer: Peer, x: Tensor, direction: str) -> Callable[[], None]:
+    module = peer.module
+    if direction == "forward":
+
+        def forward() -> None:
+            with torch.no_grad():
+                module(x)
+
+        return forward
+
+    inputs = x.clone().requires_grad_()
+
+    def forward_backward() -> None:
+        out = module(inputs)
+        out.backward(torch.ones_like(out))
+        inputs.grad = None
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    return forward_backward
+
+
+def _seconds(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _peak_mb(step: Callable[[], None], device: str) -> float:
+    """Memory that a step allocates on top of weights and input, at its highest, in MB."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    total = peak = 0
+    for _, change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak / 1e6
+
+
+def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List[Peer]) -> List[Dict[str, Any]]:
+    records = []
+    for direction in ("forward", "forward_backward"):
+        steps = {peer[:2]: _step(peer, x, direction) for peer in peers}
+        for step in steps.values():
+            step()
+            step()
+        times: Dict[Tuple[str, str], List[float]] = {key: [] for key in steps}
+        for _ in range(config.repeats):
+            for key, step in steps.items():
+                times[key].append(_seconds(step, config.device))
+        median = {key: statistics.median(values) for key, values in times.items()}
+        for key, step in steps.items():
+            quartiles = statistics.quantiles(times[key], n=4) if config.repeats > 1 else [median[key]] * 3
+            records.append(
+                {
+                    "what": what,
+                    "peer": key[0],
+                    "backend": key[1],
+                    "shape": shape,
+                    "dtype": config.dtype,
+                    "direction": direction,
+                    "median_ms": median[key] * 1e3,
+                    "spread_ms": (quartiles[2] - quartiles[0]) * 1e3,
+                    "ratio_to_conv": median[key] / median["conv2d", "torch"],
+                    "ratio_to_torchvision_deform": median[key] / median["torchvision_deform", "torchvision"],
+                    "peak_mb": _peak_mb(step, config.device),
+                }
+            )
+    return records
+
+
+def _ready(peers: Iterator[Peer], config: BenchmarkConfig, train: bool) -> List[Peer]:
+    ready = []
+    for peer in peers:
+        module = peer.module.to(device=config.device, dtype=DTYPES[config.dtype], memory_format=torch.channels_last)
+        ready.append(peer._replace(module=module.train(train)))
+    return ready
+
+
+def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...], Callable[[], Iterator[Peer]]]]:
+    if config.what in ("layer", "all"):
+        backends = _backends(config, reference=True)
+        for channels, size in LAYER_SHAPES:
+            for stride in config.stride:
+                shape = (config.batch, channels, size, size)
+                label = f"{config.batch}x{channels}x{size}x{size} stride {stride}"
+                yield "layer", label, shape, lambda c=channels, s=stride: _layer_peers(config, c, s, backends)
+    if config.what in ("model", "all"):
+        backends = _backends(config, reference=False)
+        for model in config.models:
+            for stem, shape in (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32))):
+                label = f"{model} {'x'.join(map(str, shape))}"
+                yield "model", label, shape, lambda m=model, s=stem: _model_peers(config, m, s, backends)
+
+
+def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
+    """Times every peer and prints a table.
+
+    Returns:
+        Records with the keys what, peer, backend, shape, dtype, direction, median_ms, spread_ms, ratio_to_conv,
+        ratio_to_torchvision_deform, peak_mb; also written to `config.output` as JSON.
+
+    Raises:
+        ConfigError: The device or a backend is not there.
+        RuntimeError: A backend does not agree with the reference.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch sees no GPU here; `python -m timm_metricconv` says what it sees.")
+    records: List[Dict[str, Any]] = []
+    for what, label, shape, peers in track(list(_cases(config)), "benchmark", console=console, transient=True):
+        torch.manual_seed(0)
+        x = torch.randn(shape, device=config.device, dtype=DTYPES[config.dtype])
+        x = x.contiguous(memory_format=torch.channels_last)
+        ready = _ready(peers(), config, train=what == "model")
+        if what == "layer":
+            for peer in ready:
+                check_against_reference(peer, x[:1])
+        if config.compile:
+            ready = [peer._replace(module=torch.compile(peer.module)) for peer in ready]
+        records += _time(config, what, label, x, ready)
+        if config.output:
+            write_atomic(config.output, json.dumps(records, indent=2) + "\n")
+    rows = [
+        {
+            "shape": record["shape"],
+            "direction": record["direction"],
+            "peer": record["peer"],
+            "backend": record["backend"],
+            "ms": f"{record['median_ms']:.2f} ± {record['spread_ms']:.2f}",
+            "÷ conv": round(record["ratio_to_conv"], 2),
+            "÷ torchvision": round(record["ratio_to_torchvision_deform"], 3),
+            "peak MB": round(record["peak_mb"], 1),
+        }
+        for record in records
+    ]
+    threads = f"{torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name()
+    print_table(rows, f"{config.device} ({threads}), {config.dtype}, torch {torch.__version__}")
+    return records
