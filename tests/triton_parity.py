@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from timm_metricconv import MetricConv2d
 from timm_metricconv.geometry import PATTERNS, randers
-from timm_metricconv.ops import BACKENDS, ball_conv2d
+from timm_metricconv.ops import BACKENDS, ball_conv2d, fuses_metric
 from timm_metricconv.ops.triton_fused import triton_metric_conv2d, why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -336,3 +337,26 @@ def test_more_than_two_to_the_31_elements():
     positions = torch.zeros(5, 1, 2, 1300, 1300, device=DEVICE)
     out = ball_conv2d(x, positions, weight, backend="triton")
     close([out], [torch.nn.functional.conv2d(x, weight[..., None])], 2e-2, 2e-2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"modulated": True, "stride": 2},
+        {"parametrization": "cholesky", "drift": "sigmoid_norm", "pattern": "onion", "eps_omega": 1.0},
+        {"pattern": "polar"},
+    ],
+)
+def test_layer_takes_the_fused_metric(arguments):
+    layer = MetricConv2d(6, 8, 3, backend="triton", **arguments).to(DEVICE)
+    torch.nn.init.normal_(layer.predictor.weight, std=0.2)
+    x = torch.randn(2, 6, 7, 5, device=DEVICE, requires_grad=True)
+    assert fuses_metric(x, layer.weight, "triton")
+    results = []
+    for layer.backend in ("triton", "reference"):
+        out = layer(x)
+        cotangent = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+        results.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], cotangent)])
+    for value, truth in zip(*results, strict=True):
+        assert (value - truth).norm() <= 1e-4 * truth.norm()

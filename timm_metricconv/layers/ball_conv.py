@@ -207,14 +207,18 @@ class BallConv2d(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"input: expected [B, C_in, H, W], got {x.shape}.")
         raw = self.predict(x)
-        positions, mask = self.ball(raw), self.density(raw)
+        mask = self.density(raw)
         if torch.jit.is_scripting():
             return ball_conv2d_reference(
-                x, positions, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
+                x, self.ball(raw), self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
             )
+        return self._convolve(x, raw, mask)
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor, raw: Tensor, mask: Optional[Tensor]) -> Tensor:
         return ball_conv2d(
             x,
-            positions,
+            self.ball(raw),
             self.weight,
             self.bias,
             stride=self.stride,

@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, conditioned, drift_norm, max_stretch, randers
+from ..ops import fuses_metric, metric_conv2d
 from .ball_conv import BallConv2d, IntPair, _choice
 
 
@@ -146,6 +147,17 @@ class MetricConv2d(BallConv2d):
         stretch = 1 / (randers(self.directions, metric, omega, self.eps_omega) + self._eps)
         positions = (self.points * stretch[:, :, :, None, :, None]).flatten(3, 4)
         return positions.permute(0, 3, 4, 1, 2)
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor, raw: Tensor, mask: Optional[Tensor]) -> Tensor:
+        if not fuses_metric(x, self.weight, self.backend):
+            return super()._convolve(x, raw, mask)
+        (a, b, d, _), omega = self._randers(raw)
+        fields = torch.stack((a, b, d, omega[..., 0], omega[..., 1]), -1).permute(0, 3, 1, 2)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        points = self.points.flatten(0, 1)
+        arguments = x, fields, points, self.weight, self.bias, mask, *geometry, self.eps_omega, self._eps
+        return metric_conv2d(*arguments, self.backend)
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from .gather import gather_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
 from .torchvision_deform import ball_conv2d_torchvision
-from .triton_fused import triton_conv2d
+from .triton_fused import triton_conv2d, triton_metric_conv2d
 from .triton_fused import why_not as _triton_why_not
 
 IntPair = Union[int, Sequence[int]]
@@ -22,10 +22,12 @@ class Backend(NamedTuple):
     Attributes:
         function: Same arguments as `ball_conv2d_reference`.
         why_not: (device type, number of weight dimensions) → why it cannot run there, or None where it can.
+        metric_function: The same straight from a field of metrics, see `metric_conv2d`, where the backend has it.
     """
 
     function: Callable[..., Tensor]
     why_not: Callable[[str, int], Optional[str]]
+    metric_function: Optional[Callable[..., Tensor]] = None
 
 
 def _gather_why_not(device: str, weight_dim: int) -> Optional[str]:
@@ -39,27 +41,27 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 # In order of preference: on the CPU, where Triton's interpreter may run, the first row is always taken.
 BACKENDS: Dict[str, Backend] = {
     "gather": Backend(gather_conv2d, _gather_why_not),
-    "triton": Backend(triton_conv2d, _triton_why_not),
+    "triton": Backend(triton_conv2d, _triton_why_not, triton_metric_conv2d),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "grid_sample": Backend(grid_sample_conv2d, lambda device, weight_dim: None),
     "reference": Backend(ball_conv2d_reference, lambda device, weight_dim: None),
 }
 
 
-def _choose(x: Tensor, weight: Tensor, backend: Optional[str]) -> Callable[..., Tensor]:
+def _choose(x: Tensor, weight: Tensor, backend: Optional[str]) -> Backend:
     if backend is None:
         # An exported program is to run without this package, so it is made of ordinary operators.
         if torch.compiler.is_exporting():
-            return ball_conv2d_reference
+            return BACKENDS["reference"]
         for row in BACKENDS.values():
             if row.why_not(x.device.type, weight.dim()) is None:
-                return row.function
+                return row
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}.")
     reason = BACKENDS[backend].why_not(x.device.type, weight.dim())
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run on {x.device.type!r} here: {reason}. backend=None chooses one.")
-    return BACKENDS[backend].function
+    return BACKENDS[backend]
 
 
 def _check(
@@ -145,11 +147,59 @@ def ball_conv2d(
     """
     strides, paddings, dilations = list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     _check(x, positions, weight, mask, strides, paddings, dilations, groups)
-    function = _choose(x, weight, backend)
+    function = _choose(x, weight, backend).function
     dtype = _autocast(x)
     bias = None if bias is None else bias.to(dtype)
     mask = None if mask is None else mask.to(positions.dtype)
     return function(x.to(dtype), positions, weight.to(dtype), bias, mask, strides, paddings, dilations, groups)
 
 
-__all__ = ["BACKENDS", "Backend", "ball_conv2d"]
+def fuses_metric(x: Tensor, weight: Tensor, backend: Optional[str]) -> bool:
+    """Whether the backend that `ball_conv2d` would take for these has a way around the positions: `metric_conv2d`."""
+    return x.dtype != torch.float64 and _choose(x, weight, backend).metric_function is not None
+
+
+def metric_conv2d(
+    x: Tensor,
+    fields: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eps_omega: float,
+    eps: float,
+    backend: Optional[str],
+) -> Tensor:
+    """`ball_conv2d` at y_j = p_j / (F(û_j) + `eps`), where `fuses_metric`; positions never exist.
+
+    Args:
+        x: Input `[B, C_in, H, W]`.
+        fields: (a, b, d, ω_x, ω_y) of the metrics at the output pixels, `[B, 5, H_out, W_out]`, float32.
+        points: The pattern's points p_j, `[K, 2]`, float32.
+        weight: `[C_out, C_in/groups, k, k]`; this and the rest as in `ball_conv2d`, pairs written out.
+        bias: `[C_out]`.
+        mask: `[B, K, H_out, W_out]`.
+        stride: (vertical, horizontal), as the next two.
+        padding: Zeros around the input.
+        dilation: Of the kernel.
+        groups: Of the kernel.
+        eps_omega: Margin of the drift.
+        eps: Added to F.
+        backend: As in `ball_conv2d`.
+
+    Returns:
+        `[B, C_out, H_out, W_out]`.
+    """
+    function = _choose(x, weight, backend).metric_function
+    assert function is not None, "ask fuses_metric first"
+    dtype = _autocast(x)
+    bias = None if bias is None else bias.to(dtype)
+    geometry = list(stride), list(padding), list(dilation), groups
+    return function(x.to(dtype), fields, points, weight.to(dtype), bias, mask, *geometry, eps_omega, eps)
+
+
+__all__ = ["BACKENDS", "Backend", "ball_conv2d", "fuses_metric", "metric_conv2d"]

@@ -37,14 +37,13 @@ def grid_sample_conv2d(
     scale = points.new_tensor([2 / width, 2 / height])
     grid = torch.addcmul(scale / 2 - 1, points, scale)
     taps = weight.flatten(2).unflatten(0, (groups, -1)).to(points.dtype)
-    out = []
-    for b in range(x.shape[0]):
-        # the samples of a tap are an "image of the batch": grid_sample's threads share out the batch
-        samples = F.grid_sample(image[b].expand(grid.shape[1], -1, -1, -1), grid[b], padding_mode="zeros", align_corners=False)
-        if mask is not None:
-            samples = samples * mask[b, :, None]
-        out.append(torch.einsum("kgchw,gock->gohw", samples.unflatten(1, (groups, -1)), taps).flatten(0, 1))
-    result = torch.stack(out)
+    # Each tap is an image of the batch for grid_sample, whose threads share out the batch; a view where x is one image.
+    image = image[:, None].expand(-1, grid.shape[1], -1, -1, -1).flatten(0, 1)
+    samples = F.grid_sample(image, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
+    samples = samples.view(*grid.shape[:2], groups, x.shape[1] // groups, *grid.shape[2:4])
+    if mask is not None:
+        samples = samples * mask[:, :, None, None]
+    out = torch.einsum("bkgchw,gock->bgohw", samples, taps).flatten(1, 2)
     if bias is not None:
-        result = result + bias.to(result.dtype)[:, None, None]
-    return result.to(x.dtype)
+        out = out + bias.to(out.dtype)[:, None, None]
+    return out.to(x.dtype)
