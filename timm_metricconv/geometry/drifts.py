@@ -1,6 +1,7 @@
 """From two raw channels to a drift ω with ‖ω‖_{M⁻¹} < 1: one function and one row of `DRIFTS` each.
 
-A function takes the raw drift `[..., 2]`, the metric and ε_ω, and returns ω `[..., 2]`. All but `whitened` are the paper's.
+A function takes the raw drift `[..., 2]`, the metric and ε_ω, and returns ω `[..., 2]`. All but `whitened` are the
+paper's.
 """
 
 import torch

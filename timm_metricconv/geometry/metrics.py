@@ -18,7 +18,7 @@ MAX_CONDITION = 1e5
 
 
 def conditioned(metric: Metric, max_condition: float = MAX_CONDITION) -> Metric:
-    """Adds the multiple of the identity that keeps M positive definite in float32; nothing where M is well conditioned."""
+    """Adds a multiple of the identity that keeps M positive definite in float32, none where M is well conditioned."""
     a, b, d, s = metric
     trace = a + d
     # det / trace bounds the smaller eigenvalue from below
@@ -27,7 +27,7 @@ def conditioned(metric: Metric, max_condition: float = MAX_CONDITION) -> Metric:
 
 
 def drift_norm(omega: Tensor, metric: Metric) -> Tensor:
-    """‖ω‖ in the metric M⁻¹ as a sum of two squares (it cannot turn negative in floating point). `omega`: `[..., 2]`."""
+    """‖ω‖_{M⁻¹} as a sum of two squares, which no rounding turns negative. `omega`: `[..., 2]`."""
     a, b, _, s = metric
     x, y = omega[..., 0], omega[..., 1]
     # the tiny constant keeps the derivative finite at zero
@@ -88,5 +88,5 @@ def zermelo_ellipse(metric: Metric, omega: Tensor) -> Tuple[Metric, Tensor]:
 
 
 def max_stretch(bound: float, eps_omega: float) -> float:
-    """The longest unit vector of a metric whose eigenvalues are at least exp(−2·bound) with drift margin `eps_omega`."""
+    """The longest unit vector of a metric with eigenvalues above exp(−2·bound) and drift margin `eps_omega`."""
     return math.exp(bound) / eps_omega

@@ -1,7 +1,8 @@
 """From the predictor's raw channels to a metric M: one function and one row of `PARAMETRIZATIONS` each.
 
 A function takes `raw` `[..., channels − 2]` (the last two predicted channels are the drift's) and the pair
-`scale = (s_min, s_max)`, and returns the components (a, b, d, sqrt(det M)), each `[...]`. All but `logspd` are the paper's.
+`scale = (s_min, s_max)`, and returns the components (a, b, d, sqrt(det M)), each `[...]`. All but `logspd` are the
+paper's.
 """
 
 import math

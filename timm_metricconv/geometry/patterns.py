@@ -1,7 +1,8 @@
 """Patterns, the points p = r·û that a unit ball bends: one function and one row of `PATTERNS` each.
 
-A function takes the kernel size k and the dilation, and returns unit directions `[D, 2]` and radii `[R, D]` in float64, with
-K = R·D = k². Point j = ρ·D + n is `radii[ρ, n] · directions[n]`, as (x, y) in pixels: a metric is read D times, not K times.
+A function takes the kernel size k and the dilation, and returns unit directions `[D, 2]` and radii `[R, D]` in float64,
+with K = R·D = k². Point j = ρ·D + n is `radii[ρ, n] · directions[n]`, as (x, y) in pixels: a metric is read D times,
+not K times.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The convolution that all of the family shares: a ball gives positions, one op takes them."""
 
 import math
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,13 @@ class BallConv2d(nn.Module):
         ValueError: An argument is out of its range; the message names it.
     """
 
+    if TYPE_CHECKING:  # nn.Module's attributes are Tensor | Module to a type checker
+        weight: nn.Parameter
+        bias: Optional[nn.Parameter]
+        predictor: nn.Conv2d  # None where nothing is predicted
+        directions: Tensor
+        points: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -101,10 +108,10 @@ class BallConv2d(nn.Module):
         )
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
         channels = predicted + taps * modulated
-        self.predictor = self._make_predictor(channels, dd) if channels else None
+        self.predictor = self._make_predictor(channels, dd) if channels else None  # type: ignore[assignment]
         self.pattern = "lattice"
 
-    def _make_predictor(self, channels: int, dd: dict) -> nn.Module:
+    def _make_predictor(self, channels: int, dd: dict) -> nn.Conv2d:
         return nn.Conv2d(
             self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd
         )
@@ -112,9 +119,9 @@ class BallConv2d(nn.Module):
     def _tabulate(self) -> None:
         """(Re)makes the pattern's tables on the device of the kernel, in float32 at least: never rounded to bf16."""
         directions, radii = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
-        like = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        self.register_buffer("directions", directions.to(**like), persistent=False)
-        self.register_buffer("points", (radii[:, :, None] * directions).to(**like), persistent=False)
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        self.register_buffer("directions", directions.to(device, dtype), persistent=False)
+        self.register_buffer("points", (radii[:, :, None] * directions).to(device, dtype), persistent=False)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -149,7 +156,8 @@ class BallConv2d(nn.Module):
         padding = conv.padding
         if isinstance(padding, str):
             # torch pads "same" by dilation·(k − 1) in all, on both sides alike where that is even
-            padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size))
+            spans = zip(conv.dilation, conv.kernel_size, strict=True)
+            padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for d, k in spans)
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -162,7 +170,7 @@ class BallConv2d(nn.Module):
             **{"device": conv.weight.device, "dtype": conv.weight.dtype, **conv_cfg},
         )
         if layer.init == "identity":
-            layer.weight, layer.bias = conv.weight, conv.bias
+            layer.weight, layer.bias = conv.weight, conv.bias  # type: ignore[assignment]
             if layer.fixed_kernel:
                 layer.weight.requires_grad_(False)
         return layer.train(conv.training)
@@ -209,7 +217,7 @@ class BallConv2d(nn.Module):
         raw = self.predict(x)
         mask = self.density(raw)
         if torch.jit.is_scripting():
-            return ball_conv2d_reference(
+            return ball_conv2d_reference(  # TorchScript makes lists of the pairs
                 x, self.ball(raw), self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
             )
         return self._convolve(x, raw, mask)

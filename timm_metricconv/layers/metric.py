@@ -137,7 +137,7 @@ class MetricConv2d(BallConv2d):
             return metric, torch.zeros_like(raw[..., :2])
         omega = self._to_drift(raw[..., self.channels - 2 : self.channels], metric, self.eps_omega)
         if not self._bounded:
-            # The ε inside the paper's norm underestimates it for small metrics; the law ‖ω‖ < 1 comes first. Idle elsewhere.
+            # The ε inside the paper's norm underestimates it for small metrics, and the law ‖ω‖ < 1 comes first.
             omega = omega * ((1 - 0.5 * self.eps_omega) / drift_norm(omega, metric)).clamp(max=1)[..., None]
         return metric, omega
 

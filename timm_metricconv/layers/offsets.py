@@ -6,7 +6,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .ball_conv import BallConv2d, IntPair
+from .ball_conv import BallConv2d, IntPair, _int_pair
 
 
 class _OffsetConv2d(BallConv2d):
@@ -30,7 +30,7 @@ class _OffsetConv2d(BallConv2d):
         device=None,
         dtype=None,
     ):
-        k = kernel_size if isinstance(kernel_size, int) else kernel_size[0]
+        k = _int_pair("kernel_size", kernel_size, 1)[0]
         super().__init__(
             in_channels,
             out_channels,
@@ -125,15 +125,15 @@ class ActiveConv2d(_OffsetConv2d):
 class AffineConv2d(_OffsetConv2d):
     """The lattice under one affine map for each image, as a spatial transformer (Jaderberg et al., NeurIPS 2015).
 
-    The predictor is a 1×1 convolution of the image's mean: A − I (row-major) and a shift (x, y). The arguments are those
-    of `BallConv2d`.
+    The predictor is a 1×1 convolution of the image's mean: A − I (row-major) and a shift (x, y). The arguments are
+    those of `BallConv2d`.
     """
 
     @staticmethod
     def _predicted(taps: int) -> int:
         return 6
 
-    def _make_predictor(self, channels: int, dd: dict) -> nn.Module:
+    def _make_predictor(self, channels: int, dd: dict) -> nn.Conv2d:
         return nn.Conv2d(self.in_channels, channels, 1, bias=True, **dd)
 
     def predict(self, x: Tensor) -> Tensor:

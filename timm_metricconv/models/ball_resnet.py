@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+from huggingface_hub import constants
 from timm.models import register_model, resnet
-from timm.models._builder import build_model_with_cfg
+from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
@@ -92,13 +93,15 @@ class BallResNet(resnet.ResNet):
         if isinstance(self.conv1, nn.Conv2d):
             old = self.conv1
             like = {"device": old.weight.device, "dtype": old.weight.dtype}
-            self.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, **like)
+            self.conv1 = nn.Conv2d(  # type: ignore[assignment]
+                old.in_channels, old.out_channels, 3, padding=1, bias=False, **like
+            )
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         else:
             for module in self.conv1.modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
-        self.maxpool = nn.Identity()
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
         for info in self.feature_info:
             info["reduction"] = 1 if info["module"] == "act1" else info["reduction"] // 4
 
@@ -112,7 +115,20 @@ class BallResNet(resnet.ResNet):
 
 
 def _create_ball_resnet(variant: str, pretrained: bool = False, **kwargs) -> BallResNet:
-    return build_model_with_cfg(BallResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    try:
+        kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
+        return build_model_with_cfg(BallResNet, variant, pretrained, **kwargs)
+    except Exception as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        # huggingface_hub raises OSErrors, and what the HTTP library below it raises
+        download = isinstance(error, OSError) or type(error).__module__.startswith(("http", "requests", "urllib3"))
+        if not (pretrained and cfg.hf_hub_id and download):
+            raise
+        raise RuntimeError(
+            f"{variant}: the weights of {cfg.hf_hub_id} could not be fetched from {constants.ENDPOINT} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the network and HF_ENDPOINT; "
+            "HF_HUB_OFFLINE=1 reads the cache alone, pretrained=False starts without weights."
+        ) from error
 
 
 _BLOCKS: Dict[str, Dict[str, Any]] = {

@@ -56,7 +56,8 @@ def convert(
     if conv not in LAYERS:
         raise ValueError(f"conv={conv!r}: expected one of {', '.join(LAYERS)}.")
     if isinstance(model, (nn.Conv2d, BallConv2d)):
-        raise ValueError(f"model: a {type(model).__name__} cannot be replaced in place; use {LAYERS[conv].__name__}.from_conv.")
+        name = LAYERS[conv].__name__
+        raise ValueError(f"model: a {type(model).__name__} cannot be replaced in place; use {name}.from_conv.")
     selected = _selector(where)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BallConv2d))
     candidates = {
@@ -67,7 +68,8 @@ def convert(
     chosen = {name: module for name, module in candidates.items() if selected(name, module)}
     if where is not None and not chosen:
         known: List[str] = list(candidates)[:8]
-        raise ValueError(f"where={where!r} selects no convolution that can be replaced; there are {len(candidates)}: {known}…")
+        count = len(candidates)
+        raise ValueError(f"where={where!r} selects none of the {count} convolutions that can be replaced: {known}…")
     # one new layer for a convolution that stands in several places
     new = {module: LAYERS[conv].from_conv(module, **conv_cfg) for module in dict.fromkeys(chosen.values())}
     for name, module in chosen.items():

@@ -60,7 +60,7 @@ def _choose(x: Tensor, weight: Tensor, backend: Optional[str]) -> Backend:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}.")
     reason = BACKENDS[backend].why_not(x.device.type, weight.dim())
     if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot run on {x.device.type!r} here: {reason}. backend=None chooses one.")
+        raise ValueError(f"backend={backend!r} cannot run on {x.device.type} here: {reason}; backend=None chooses one.")
     return BACKENDS[backend]
 
 
@@ -78,7 +78,7 @@ def _check(
         raise ValueError(f"x: expected [B, C_in, H, W], got {tuple(x.shape)}.")
     if weight.dim() not in (3, 4):
         raise ValueError(
-            f"weight: expected [C_out, C_in/groups, k, k] or free taps [C_out, C_in/groups, K], got {tuple(weight.shape)}."
+            f"weight: expected [C_out, C_in/groups, k, k] or taps [C_out, C_in/groups, K], got {tuple(weight.shape)}."
         )
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups != 0:
         raise ValueError(
@@ -93,9 +93,10 @@ def _check(
     if tuple(positions.shape) != expected:
         raise ValueError(f"positions: expected [B, K, 2, H_out, W_out] = {expected}, got {tuple(positions.shape)}.")
     if not positions.is_floating_point() or positions.element_size() < 4:
-        raise TypeError(f"positions: expected float32 (or float64), got {positions.dtype}, which cannot hold a position.")
-    if mask is not None and tuple(mask.shape) != expected[:2] + expected[3:]:
-        raise ValueError(f"mask: expected [B, K, H_out, W_out] = {expected[:2] + expected[3:]}, got {tuple(mask.shape)}.")
+        raise TypeError(f"positions: expected float32 or float64, got {positions.dtype}, which cannot hold a position.")
+    one_each = expected[:2] + expected[3:]
+    if mask is not None and tuple(mask.shape) != one_each:
+        raise ValueError(f"mask: expected [B, K, H_out, W_out] = {one_each}, got {tuple(mask.shape)}.")
 
 
 def _autocast(x: Tensor) -> torch.dtype:
@@ -128,8 +129,8 @@ def ball_conv2d(
         x: Input `[B, C_in, H, W]`.
         positions: y_j, `[B, K, 2, H_out, W_out]` as (x, y) in pixels of the input, from the centre of the kernel's
             receptive field. float32 (float64 to differentiate numerically).
-        weight: Kernel `[C_out, C_in/groups, k, k]` whose k² = K taps are the positions in row-major order; or K free taps
-            `[C_out, C_in/groups, K]`, centred on the pixel as a 1×1 kernel is.
+        weight: Kernel `[C_out, C_in/groups, k, k]` whose k² = K taps are the positions in row-major order; or K free
+            taps `[C_out, C_in/groups, K]`, centred on the pixel as a 1×1 kernel is.
         bias: `[C_out]`.
         stride: As `nn.Conv2d`; like the next two an int or (vertical, horizontal).
         padding: As `nn.Conv2d`.

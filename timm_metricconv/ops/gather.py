@@ -1,9 +1,9 @@
 """The fast CPU backend: gather with `embedding_bag`, then a matrix product, slab by slab.
 
-A bag is the four corners of one sample, the table is the channels-last image and the per-sample weights are the bilinear
-weights. A slab of columns fits the cache: it is made, multiplied and forgotten, and the backward pass makes it again.
-The image's gradient is the same gather transposed: the samples are sorted by their corner, a bag is then all the samples
-that read one pixel. So nothing is scattered, the result is deterministic, and every pass uses all threads.
+A bag is the four corners of one sample, the table is the channels-last image and the per-sample weights are the
+bilinear weights. A slab of columns fits the cache: it is made, multiplied and forgotten, and the backward pass makes it
+again. The image's gradient is the same gather transposed: the samples are sorted by their corner, a bag is then all the
+samples that read one pixel. So nothing is scattered, the result is deterministic, and every pass uses all threads.
 """
 
 from typing import List, NamedTuple, Optional, Tuple
@@ -24,7 +24,7 @@ class _Plan(NamedTuple):
 
     table: Tensor  # [B·height·width, C]
     size: Tuple[int, int]
-    index: Tensor  # [M, 4] int32 rows of the table: the corners (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)
+    corners: Tensor  # [M, 4] int32 rows of the table: the corners (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)
     distance: Tensor  # [M, 2, 2] of (x, y) to the near and the far corner
     hat: Tensor  # [M, 2, 2] max(0, 1 − |distance|), the linear interpolation weights along (x, y)
     share: Tensor  # [M, 4] bilinear weights, without the mask
@@ -53,14 +53,14 @@ def _plan(x: Tensor, points: Tensor) -> _Plan:
 
 
 def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """`[n, p] @ [q, p]ᵀ + bias` as a 1×1 convolution: oneDNN's product is faster than `mm` here, in float32 and bf16."""
+    """`[n, p] @ [q, p]ᵀ + bias` as a 1×1 convolution: oneDNN's product is faster than `mm` here."""
     return F.conv2d(columns.t()[None, :, :, None], kernel[:, :, None, None], bias)[0, :, :, 0].t()
 
 
 def _columns(plan: _Plan, shares: Tensor, rows: slice, taps: int) -> Tensor:
     """`[n, K·C]` columns of the output pixels `rows`, taps slow and channels fast."""
     samples = slice(rows.start * taps, rows.stop * taps)
-    gathered = F.embedding_bag(plan.index[samples], plan.table, per_sample_weights=shares[samples], mode="sum")
+    gathered = F.embedding_bag(plan.corners[samples], plan.table, per_sample_weights=shares[samples], mode="sum")
     return gathered.view(rows.stop - rows.start, -1)
 
 
@@ -100,7 +100,8 @@ def gather_conv2d(
     plan = _plan(x, sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).contiguous())
     shares = _masked(plan.share, mask, x.dtype)
     out = x.new_empty(batch * out_height * out_width, out_channels)
-    kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)  # taps slow, channels fast, as the columns
+    # taps slow, channels fast, as the columns
+    kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)
     for rows in _slabs(len(out), count * x.shape[1] * x.element_size()):
         columns = _columns(plan, shares, rows, count)
         if groups == 1:
@@ -166,10 +167,10 @@ def gather_conv2d_backward(
         grad_samples = grad_columns.reshape(-1, channels)
         samples = slice(rows.start * count, rows.stop * count)
         if need_points:
-            grad_shares[samples] = _corner_products(grad_samples, plan.table, plan.index[samples])
+            grad_shares[samples] = _corner_products(grad_samples, plan.table, plan.corners[samples])
         if need_x:
             table = slice(rows.start // pixels * rows_per_image, rows.stop // pixels * rows_per_image)
-            base = plan.index[samples, 0] - table.start
+            base = plan.corners[samples, 0] - table.start
             _scatter(grad_table[table], grad_samples, base, shares[samples], plan.size[1])
 
     grad_x = x.new_empty(0)
@@ -239,7 +240,7 @@ def _(grad, x, positions, weight, mask, stride, padding, dilation, groups, need_
 
 
 def _setup_context(ctx, inputs, output):
-    x, positions, weight, bias, mask, *ctx.arguments = inputs
+    x, positions, weight, _, mask, *ctx.arguments = inputs
     ctx.save_for_backward(x, positions, weight, mask)
 
 

@@ -1,7 +1,7 @@
 """The plain reference: four corners, four weights, one sum. Every other backend is compared with it.
 
-It runs on any device, in any dtype, under TorchScript, `torch.export` and the ONNX exporter, because it is ordinary tensor
-code. It keeps all columns in memory.
+It runs on any device, in any dtype, under TorchScript, `torch.export` and the ONNX exporter, because it is ordinary
+tensor code. It keeps all columns in memory.
 """
 
 from typing import List, Optional
@@ -22,8 +22,9 @@ def sampling_points(
         kernel_size: As the others, (vertical, horizontal).
     """
     height, width = positions.shape[3], positions.shape[4]
-    y = torch.arange(height, device=positions.device) * stride[0] + (dilation[0] * (kernel_size[0] - 1) / 2 - padding[0])
-    x = torch.arange(width, device=positions.device) * stride[1] + (dilation[1] * (kernel_size[1] - 1) / 2 - padding[1])
+    top, left = dilation[0] * (kernel_size[0] - 1) / 2 - padding[0], dilation[1] * (kernel_size[1] - 1) / 2 - padding[1]
+    y = torch.arange(height, device=positions.device) * stride[0] + top
+    x = torch.arange(width, device=positions.device) * stride[1] + left
     centres = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1).to(positions.dtype)
     return positions.permute(0, 3, 4, 1, 2) + centres[:, :, None]
 

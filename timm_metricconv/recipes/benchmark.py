@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
 
@@ -227,7 +228,7 @@ def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List
 def _ready(peers: Iterator[Peer], config: BenchmarkConfig, train: bool) -> List[Peer]:
     ready = []
     for peer in peers:
-        module = peer.module.to(device=config.device, dtype=DTYPES[config.dtype], memory_format=torch.channels_last)
+        module = peer.module.to(config.device, DTYPES[config.dtype]).to(memory_format=torch.channels_last)
         ready.append(peer._replace(module=module.train(train)))
     return ready
 
@@ -239,13 +240,13 @@ def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...],
             for stride in config.stride:
                 shape = (config.batch, channels, size, size)
                 label = f"{config.batch}x{channels}x{size}x{size} stride {stride}"
-                yield "layer", label, shape, lambda c=channels, s=stride: _layer_peers(config, c, s, backends)
+                yield "layer", label, shape, partial(_layer_peers, config, channels, stride, backends)
     if config.what in ("model", "all"):
         backends = _backends(config, reference=False)
         for model in config.models:
             for stem, shape in (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32))):
                 label = f"{model} {'x'.join(map(str, shape))}"
-                yield "model", label, shape, lambda m=model, s=stem: _model_peers(config, m, s, backends)
+                yield "model", label, shape, partial(_model_peers, config, model, stem, backends)
 
 
 def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:

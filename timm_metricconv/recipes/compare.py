@@ -152,7 +152,7 @@ def _run_folder(config: CompareConfig, cell: Cell, seed: int) -> Path:
 
 
 def plot_curves(config: CompareConfig):
-    """Top-1 over epochs: one panel for each (init, kernel), one line for each convolution, mean and range over seeds."""
+    """Top-1 over epochs: a panel for each (init, kernel), a line for each convolution, mean and range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")

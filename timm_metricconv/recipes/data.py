@@ -97,7 +97,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
     if Path(config.data).is_dir():
         folders = [f for f in ("train", "val", "validation") if (Path(config.data) / f).is_dir()]
         if "train" not in folders or len(folders) < 2:
-            raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder for a class.")
+            raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
         return create_dataset("", root=config.data, split=split)
     known = config.data in CIFAR_STATISTICS
     if (not known and "/" not in config.data) or config.data.startswith((".", "/")):

@@ -1,4 +1,4 @@
-"""How results leave a recipe: JSON and CSV for programs, Markdown and a table for people, written whole or not at all."""
+"""How results leave a recipe: JSON and CSV for programs, Markdown and a table for people, written whole or not."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ Record = Dict[str, Any]
 
 
 def write_atomic(path: Union[str, Path], content: Union[str, bytes]) -> None:
-    """Writes a file beside its place and moves it there: a reader never sees half of it, a full disk keeps the old one."""
+    """Writes a file beside its place and moves it there: nobody sees half of it, a full disk keeps the old one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,7 +62,7 @@ def markdown(records: Sequence[Record]) -> str:
 def write_summary(
     folder: Union[str, Path], records: List[Record], title: str, rows: Optional[Sequence[Record]] = None
 ) -> None:
-    """Writes `summary.json`, `summary.csv` and `summary.md` into `folder`; `rows` are what the Markdown shows instead."""
+    """Writes `summary.json`, `summary.csv` and `summary.md` into `folder`; `rows` are the Markdown's, if others."""
     folder = Path(folder)
     write_atomic(folder / "summary.json", json.dumps(records, indent=2) + "\n")
     write_atomic(folder / "summary.csv", csv_text(records))

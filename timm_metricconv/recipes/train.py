@@ -160,7 +160,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, An
 
 
 class _Checkpoints:
-    """`checkpoints/epoch_N`, each a complete accelerate state: written aside, moved into place, then the older one goes."""
+    """`checkpoints/epoch_N`, a complete accelerate state each: written aside, moved into place, then older ones go."""
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.folder, self.accelerator = folder / "checkpoints", accelerator
