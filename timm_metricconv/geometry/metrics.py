@@ -41,7 +41,7 @@ def square_root(metric: Metric) -> Tuple[Tensor, Tensor, Tensor]:
     return (a + s) * scale, b * scale, (d + s) * scale
 
 
-def randers(directions: Tensor, metric: Metric, omega: Tensor, eps_omega: float) -> Tensor:
+def randers(directions: Tensor, metric: Metric, omega: Tensor, eps_omega: float, bounded: bool = False) -> Tensor:
     """F of unit vectors.
 
     Args:
@@ -49,20 +49,24 @@ def randers(directions: Tensor, metric: Metric, omega: Tensor, eps_omega: float)
         metric: Components of shape `[...]`.
         omega: Drift `[..., 2]` with ‖ω‖_{M⁻¹} ≤ 1 − `eps_omega`; not read where `eps_omega` is 1 (Riemannian).
         eps_omega: The margin ε_ω of the drift.
+        bounded: The condition number of M is known to be small, so nothing can cancel.
 
     Returns:
         F(û), `[..., D]`, positive.
     """
     a, b, d, s = metric
     ux, uy = directions[:, 0], directions[:, 1]
-    square = a[..., None] * (ux * ux) + b[..., None] * (2 * ux * uy) + d[..., None] * (uy * uy)
-    # Mathematically idle: det / trace is below the smallest eigenvalue. It catches cancellation.
-    riemannian = torch.maximum(square, (s * s / (a + d))[..., None]).sqrt()
+    square = torch.addcmul(a[..., None] * (ux * ux), b[..., None], 2 * ux * uy)
+    square = torch.addcmul(square, d[..., None], uy * uy)
+    if not bounded:
+        # Mathematically idle: det / trace is below the smallest eigenvalue.
+        square = torch.maximum(square, (s * s / (a + d))[..., None])
+    riemannian = square.sqrt()
     if eps_omega == 1.0:
         return riemannian
-    drift = omega[..., 0:1] * ux + omega[..., 1:2] * uy
+    value = torch.addcmul(torch.addcmul(riemannian, omega[..., 0:1], ux), omega[..., 1:2], uy)
     # Idle as well: F ≥ (1 − ‖ω‖)·sqrt(ûᵀMû)
-    return torch.maximum(riemannian + drift, riemannian * (0.5 * eps_omega))
+    return value if bounded else torch.maximum(value, riemannian * (0.5 * eps_omega))
 
 
 def zermelo_ellipse(metric: Metric, omega: Tensor) -> Tuple[Metric, Tensor]:

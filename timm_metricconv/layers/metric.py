@@ -113,8 +113,8 @@ class MetricConv2d(BallConv2d):
         weight, bias = self.predictor.weight, self.predictor.bias
         if self.init == "identity":
             nn.init.zeros_(weight)
-            values = torch.zeros(len(bias), dtype=torch.float64)
-            values[: row.channels - 2] = torch.tensor(row.identity(self.scale), dtype=torch.float64)
+            values = torch.zeros(len(bias), dtype=torch.float64, device="cpu")
+            values[: row.channels - 2] = torch.tensor(row.identity(self.scale), dtype=torch.float64, device="cpu")
             with torch.no_grad():
                 bias.copy_(values)
             return
@@ -129,7 +129,7 @@ class MetricConv2d(BallConv2d):
 
     def _randers(self, raw: Tensor) -> Tuple[Metric, Tensor]:
         """Raw channels → the metric's components `[B, H_out, W_out]` and ω `[B, H_out, W_out, 2]`."""
-        raw = raw.permute(0, 2, 3, 1)
+        raw = raw.contiguous().permute(0, 2, 3, 1)  # dense images for every channel
         metric = self._to_metric(raw[..., : self.channels - 2], self.scale)
         if not self._bounded:
             metric = conditioned(metric)
@@ -144,9 +144,12 @@ class MetricConv2d(BallConv2d):
     def ball(self, raw: Tensor) -> Tensor:
         """y_j = r_j·û_j / F(û_j)."""
         metric, omega = self._randers(raw)
-        stretch = 1 / (randers(self.directions, metric, omega, self.eps_omega) + self._eps)
-        positions = (self.points * stretch[:, :, :, None, :, None]).flatten(3, 4)
-        return positions.permute(0, 3, 4, 1, 2)
+        value = randers(self.directions, metric, omega, self.eps_omega, self._bounded)
+        if not self._bounded:
+            value = value + self._eps
+        # [2, B, H_out, W_out, R, D]: a plane for x and one for y, as the fast backends like them
+        planes = self.points.permute(2, 0, 1)[:, None, None, None] * value.reciprocal()[:, :, :, None]
+        return planes.flatten(4).permute(1, 4, 0, 2, 3)
 
     @torch.jit.unused
     def _convolve(self, x: Tensor, raw: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -13,48 +13,77 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import register_flops
-from .reference import kernel_size_of, sampling_points
+from .reference import first_centre
 
 # Fits a core's share of the last-level cache, and stays under malloc's threshold for fresh (slow) pages.
 SLAB_BYTES = 4 * 2**20
 
 
+class _Axis(NamedTuple):
+    """Linear interpolation along an axis, for M samples."""
+
+    near: Tensor  # [M] int32, the corner before the sample, clamped so that the next is in the image as well
+    distance: Tensor  # [M] from the near corner
+    shares: Tuple[Tensor, Tensor]  # [M] weights of the near and the far corner
+
+
 class _Plan(NamedTuple):
-    """Where the M = B·H_out·W_out·K samples read a padded image table of `height` by `width` rows."""
+    """Where the M = B·H_out·W_out·K samples read a padded image table of `size` rows and columns."""
 
     table: Tensor  # [B·height·width, C]
     size: Tuple[int, int]
     corners: Tensor  # [M, 4] int32 rows of the table: the corners (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)
-    distance: Tensor  # [M, 2, 2] of (x, y) to the near and the far corner
-    hat: Tensor  # [M, 2, 2] max(0, 1 − |distance|), the linear interpolation weights along (x, y)
-    share: Tensor  # [M, 4] bilinear weights, without the mask
+    shares: Tensor  # [M, 4] bilinear weights, without the mask
+    x: _Axis
+    y: _Axis
 
 
-def _plan(x: Tensor, points: Tensor) -> _Plan:
-    """The plan of `points`, `[B, H_out, W_out, K, 2]` as (x, y). It overwrites them."""
+def _axis(offsets: Tensor, start: float, stride: int, dim: int, size: int) -> _Axis:
+    """Interpolation of one coordinate: `offsets` `[B, H_out, W_out, K]`, centres `start + stride·i` along `dim`."""
+    shape = [1, 1, 1, 1]
+    shape[dim] = offsets.shape[dim]
+    centres = torch.arange(offsets.shape[dim], dtype=offsets.dtype).mul_(stride).add_(start)
+    coordinate = (offsets + centres.view(shape)).reshape(-1)
+    # Truncation is floor above zero, and integers are clamped, so NaN cannot become a wild index. The near corner stays
+    # in the image and the hat function does the rest: a sample that is a pixel or more outside weighs nothing.
+    near = coordinate.to(torch.int32).clamp_(0, size - 2)
+    distance = coordinate.sub_(near)
+    return _Axis(near, distance, (_hat(distance.abs()), _hat((distance - 1).abs_())))
+
+
+def _hat(distance: Tensor) -> Tensor:
+    """max(0, 1 − distance), in place."""
+    return distance.neg_().add_(1).clamp_(min=0)
+
+
+def _plan(
+    x: Tensor, positions: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
+) -> _Plan:
     # One row and column of zeros for one-pixel images: the far corner then always exists.
     if x.shape[2] < 2 or x.shape[3] < 2:
         x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
     batch, channels, height, width = x.shape
-    # The near corner is clamped into the image and the hat function does the rest: a sample that is a pixel or more
-    # outside weighs nothing. Integers are clamped, so NaN cannot become a wild index. Truncation is floor above zero.
-    corner = points.to(torch.int32)
-    corner[..., 0].clamp_(0, width - 2)
-    corner[..., 1].clamp_(0, height - 2)
-    near = points.sub_(corner)
-    distance = torch.stack((near, near - 1), -1).view(-1, 2, 2)
-    hat = distance.abs().neg_().add_(1).clamp_(min=0)
-    share = (hat[:, 1, :, None] * hat[:, 0, None, :]).view(-1, 4)
-    base = torch.add(corner[..., 0], corner[..., 1], alpha=width)
-    base += torch.arange(0, batch * height * width, height * width, dtype=torch.int32).view(-1, 1, 1, 1)
-    index = base.view(-1, 1) + torch.tensor([0, 1, width, width + 1], dtype=torch.int32)
+    offsets = positions.permute(2, 0, 3, 4, 1)
+    top, left = first_centre(weight, padding, dilation)
+    y = _axis(offsets[1], top, stride[0], 1, height)
+    x_ = _axis(offsets[0], left, stride[1], 2, width)
+    # flat vectors and strided stores: a trailing dimension of 2 or 4 would cost a loop call for each sample
+    shares = x_.distance.new_empty(len(x_.distance), 4)
+    corners = y.near.new_empty(len(y.near), 4)
+    base = torch.add(x_.near, y.near, alpha=width).view(batch, offsets[0, :1].numel())
+    base += torch.arange(0, batch * height * width, height * width, dtype=torch.int32)[:, None]
+    for corner, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        torch.mul(y.shares[down], x_.shares[right], out=shares[:, corner])
+        torch.add(base.view(-1), down * width + right, out=corners[:, corner])
     table = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    return _Plan(table, (height, width), index, distance, hat, share)
+    return _Plan(table, (height, width), corners, shares, x_, y)
 
 
 def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """`[n, p] @ [q, p]ᵀ + bias` as a 1×1 convolution: oneDNN's product is faster than `mm` here."""
-    return F.conv2d(columns.t()[None, :, :, None], kernel[:, :, None, None], bias)[0, :, :, 0].t()
+    """`[n, p] @ [q, p]ᵀ + bias`: oneDNN's product, which torch has for Inductor, is faster than the BLAS behind `linear`."""
+    if columns.dtype == torch.float32 and torch.backends.mkldnn.is_available() and columns.numel():
+        return torch.ops.mkldnn._linear_pointwise(columns, kernel, bias, "none", [], "")
+    return F.linear(columns, kernel, bias)
 
 
 def _columns(plan: _Plan, shares: Tensor, rows: slice, taps: int) -> Tensor:
@@ -97,8 +126,8 @@ def gather_conv2d(
     batch, _, _, out_height, out_width = positions.shape
     taps = weight.flatten(2)
     out_channels, _, count = taps.shape
-    plan = _plan(x, sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).contiguous())
-    shares = _masked(plan.share, mask, x.dtype)
+    plan = _plan(x, positions, weight, stride, padding, dilation)
+    shares = _masked(plan.shares, mask, x.dtype)
     out = x.new_empty(batch * out_height * out_width, out_channels)
     # taps slow, channels fast, as the columns
     kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)
@@ -138,8 +167,8 @@ def gather_conv2d_backward(
     taps = weight.flatten(2)
     out_channels, group_channels, count = taps.shape
     pixels, channels = out_height * out_width, x.shape[1]
-    plan = _plan(x, sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).contiguous())
-    shares = _masked(plan.share, mask, x.dtype)
+    plan = _plan(x, positions, weight, stride, padding, dilation)
+    shares = _masked(plan.shares, mask, x.dtype)
     grad = grad.permute(0, 2, 3, 1).reshape(-1, out_channels)
     kernel = taps.transpose(1, 2).reshape(groups, out_channels // groups, -1)
     rows_per_image = plan.size[0] * plan.size[1]
@@ -179,13 +208,13 @@ def gather_conv2d_backward(
         grad_x = grad_x.contiguous(memory_format=torch.channels_last) if grad_x.numel() else torch.zeros_like(x)
     grad_positions, grad_mask = positions.new_empty(0), x.new_empty(0)
     if need_points:
-        grad_shares = grad_shares.to(plan.hat.dtype)
+        grad_shares = grad_shares.to(plan.shares.dtype)
         if mask is not None:
-            grad_mask = (grad_shares * plan.share).sum(1).view(batch, out_height, out_width, count)
+            grad_mask = (grad_shares * plan.shares).sum(1).view(batch, out_height, out_width, count)
             grad_mask = grad_mask.permute(0, 3, 1, 2).to(mask.dtype)
             grad_shares = grad_shares * mask.permute(0, 2, 3, 1).reshape(-1, 1)
-        grad_positions = _grad_points(grad_shares.view(-1, 2, 2), plan)
-        grad_positions = grad_positions.view(batch, out_height, out_width, count, 2).permute(0, 3, 4, 1, 2)
+        grad_positions = _grad_points(grad_shares, plan)
+        grad_positions = grad_positions.view(2, batch, out_height, out_width, count).permute(1, 4, 0, 2, 3)
     grad_weight = x.new_empty(0)
     if need_weight:
         grad_weight = grad_kernel.view(out_channels, count, group_channels).transpose(1, 2)
@@ -214,22 +243,27 @@ def _scatter(out: Tensor, grad_samples: Tensor, base: Tensor, shares: Tensor, wi
         out[shift:] += bags[: len(out) - shift]
 
 
-def _grad_points(grad_shares: Tensor, plan: _Plan) -> Tensor:
-    """Gradient of the corner weights `[M, 2 (down), 2 (right)]` → of the coordinates `[M, 2]`.
+def _slope(distance: Tensor) -> Tensor:
+    """Derivative of a corner's hat, from the right as torchvision's: a sample on a pixel sees its right neighbour."""
+    return (distance >= -1).to(distance.dtype).sub_((distance >= 0).to(distance.dtype), alpha=2).add_(distance >= 1)
 
-    The hat's derivative is the one from the right, as torchvision's: a sample on a pixel sees its right neighbour.
-    """
-    slope = (plan.distance >= -1).to(plan.hat.dtype) - 2 * (plan.distance >= 0) + (plan.distance >= 1)
-    along_x = (grad_shares * plan.hat[:, 1, :, None]).sum(1)
-    along_y = (grad_shares * plan.hat[:, 0, None, :]).sum(2)
-    return torch.stack(((along_x * slope[:, 0]).sum(1), (along_y * slope[:, 1]).sum(1)), -1)
+
+def _grad_points(grad_shares: Tensor, plan: _Plan) -> Tensor:
+    """Gradient of the shares `[M, 4]` → of the coordinates `[2, M]` as (x, y)."""
+    g00, g01, g10, g11 = grad_shares.t().contiguous()
+    (left, right), (top, bottom) = plan.x.shares, plan.y.shares
+    grad_x = (g00 * top).addcmul_(g10, bottom).mul_(_slope(plan.x.distance))
+    grad_x += (g01 * top).addcmul_(g11, bottom).mul_(_slope(plan.x.distance - 1))
+    grad_y = (g00 * left).addcmul_(g01, right).mul_(_slope(plan.y.distance))
+    grad_y += (g10 * left).addcmul_(g11, right).mul_(_slope(plan.y.distance - 1))
+    return torch.stack((grad_x, grad_y))
 
 
 @gather_conv2d_backward.register_fake
 def _(grad, x, positions, weight, mask, stride, padding, dilation, groups, need_x, need_points, need_weight):
     return (
         torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
-        torch.empty_like(positions.permute(0, 3, 4, 1, 2).contiguous()).permute(0, 3, 4, 1, 2)
+        torch.empty_like(positions.permute(2, 0, 3, 4, 1).contiguous()).permute(1, 4, 0, 2, 3)
         if need_points
         else positions.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else x.new_empty(0),

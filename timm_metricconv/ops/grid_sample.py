@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import kernel_size_of, sampling_points
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+from .reference import sampling_points
 
 
 def grid_sample_conv2d(
@@ -29,13 +25,12 @@ def grid_sample_conv2d(
     groups: int,
 ) -> Tensor:
     """`ball_conv2d_reference`, fast for few channels."""
-    points = sampling_points(positions, kernel_size_of(weight), stride, padding, dilation).permute(0, 3, 1, 2, 4)
-    # grid_sample's coordinates are exact on pixels where the size is a power of two. A pixel must stay one: the
-    # interpolation has another slope on its other side.
-    width, height = _power_of_two(x.shape[3]), _power_of_two(x.shape[2])
-    image = F.pad(x.to(points.dtype), (0, width - x.shape[3], 0, height - x.shape[2]))
-    scale = points.new_tensor([2 / width, 2 / height])
-    grid = torch.addcmul(scale / 2 - 1, points, scale)
+    points = sampling_points(positions, weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
+    # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel must
+    # stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
+    size = 1 << (max(x.shape[2], x.shape[3]) - 1).bit_length()
+    image = F.pad(x.to(points.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
+    grid = points * (2 / size) + (1 / size - 1)
     taps = weight.flatten(2).unflatten(0, (groups, -1)).to(points.dtype)
     # Each tap is an image of the batch for grid_sample, whose threads share out the batch; a view where x is one image.
     image = image[:, None].expand(-1, grid.shape[1], -1, -1, -1).flatten(0, 1)

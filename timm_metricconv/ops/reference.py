@@ -4,34 +4,36 @@ It runs on any device, in any dtype, under TorchScript, `torch.export` and the O
 tensor code. It keeps all columns in memory.
 """
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
+def first_centre(weight: Tensor, padding: List[int], dilation: List[int]) -> Tuple[float, float]:
+    """(y, x) of the first output pixel's kernel centre; free taps `[C_out, C_in/groups, K]` sit about one pixel."""
+    rows, columns = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else (1, 1)
+    return dilation[0] * (rows - 1) / 2 - padding[0], dilation[1] * (columns - 1) / 2 - padding[1]
+
+
 def sampling_points(
-    positions: Tensor, kernel_size: List[int], stride: List[int], padding: List[int], dilation: List[int]
+    positions: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
 ) -> Tensor:
     """Positions relative to kernel centres → coordinates in the image, `[B, H_out, W_out, K, 2]` as (x, y).
 
-    The centre of output pixel (i, j) is at stride·(i, j) − padding + dilation·(kernel_size − 1) / 2.
-
     Args:
         positions: `[B, K, 2, H_out, W_out]`.
-        kernel_size: As the others, (vertical, horizontal).
+        weight: The kernel.
+        stride: (vertical, horizontal), as the next two.
+        padding: Zeros around the image.
+        dilation: Of the kernel.
     """
     height, width = positions.shape[3], positions.shape[4]
-    top, left = dilation[0] * (kernel_size[0] - 1) / 2 - padding[0], dilation[1] * (kernel_size[1] - 1) / 2 - padding[1]
+    top, left = first_centre(weight, padding, dilation)
     y = torch.arange(height, device=positions.device) * stride[0] + top
     x = torch.arange(width, device=positions.device) * stride[1] + left
     centres = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1).to(positions.dtype)
     return positions.permute(0, 3, 4, 1, 2) + centres[:, :, None]
-
-
-def kernel_size_of(weight: Tensor) -> List[int]:
-    """(vertical, horizontal) size of a kernel; free taps `[C_out, C_in/groups, K]` sit about one pixel."""
-    return [weight.shape[2], weight.shape[3]] if weight.dim() == 4 else [1, 1]
 
 
 def ball_conv2d_reference(
@@ -47,7 +49,7 @@ def ball_conv2d_reference(
 ) -> Tensor:
     """out = bias + Σ_j W_j · m_j · f(centre + y_j). Arguments and shapes are `ball_conv2d`'s, pairs are written out."""
     batch, channels, height, width = x.shape
-    points = sampling_points(positions, kernel_size_of(weight), stride, padding, dilation)
+    points = sampling_points(positions, weight, stride, padding, dilation)
     corner = points.floor()
     fraction = points - corner
     table = x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(positions.dtype)

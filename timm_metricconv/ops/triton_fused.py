@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .flops import _macs, register_flops
-from .reference import ball_conv2d_reference, kernel_size_of
+from .reference import ball_conv2d_reference, first_centre
 
 try:
     import triton
@@ -459,8 +459,7 @@ def _problem(
     pixels = batch * out_height * out_width
     if max(pixels, batch * height * width) >= 2**31:
         raise ValueError(f"x: {tuple(x.shape)} has more pixels than int32 can number.")
-    size = kernel_size_of(weight)
-    origin = [dilation[i] * (size[i] - 1) / 2 - padding[i] for i in (0, 1)]
+    origin = first_centre(weight, padding, dilation)
 
     taps = weight.flatten(2)
     joined = _join(groups, taps.shape[1])
