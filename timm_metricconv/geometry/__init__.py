@@ -1,6 +1,8 @@
 """Metrics, parametrizations, drifts and patterns: pure tensor functions, no modules."""
 
 from .drifts import DRIFTS
+from .image_metric import image_metric
+from .implicit import RandersFit, anisotropy, asymmetry, fit_randers, star_hull, unit_ball
 from .metrics import Metric, conditioned, drift_norm, max_stretch, randers, square_root, zermelo_ellipse
 from .parametrizations import PARAMETRIZATIONS, Parametrization
 from .patterns import PATTERNS
@@ -11,10 +13,17 @@ __all__ = [
     "PATTERNS",
     "Metric",
     "Parametrization",
+    "RandersFit",
+    "anisotropy",
+    "asymmetry",
     "conditioned",
     "drift_norm",
+    "fit_randers",
+    "image_metric",
     "max_stretch",
     "randers",
     "square_root",
+    "star_hull",
+    "unit_ball",
     "zermelo_ellipse",
 ]

@@ -59,10 +59,11 @@ def convert(
         name = LAYERS[conv].__name__
         raise ValueError(f"model: a {type(model).__name__} cannot be replaced in place; use {name}.from_conv.")
     selected = _selector(where)
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BallConv2d))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BallConv2d))
     candidates = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in modules.items()
         if _convertible(module) and not name.startswith(inside)
     }
     chosen = {name: module for name, module in candidates.items() if selected(name, module)}

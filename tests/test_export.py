@@ -1,0 +1,197 @@
+"""torch.compile, torch.export, ONNX and AOTInductor: one program for every batch and image size, equal to eager."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from timm_metricconv import LAYERS, BallConv2d
+from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.export import _EXPORTERS, ExportConfig, _to_aoti, export
+
+FAMILIES = ("metric", "deform", "shifted")
+# A ResNet that a compiler is done with soon. It has one basic block in every stage.
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stages": [2], "num_classes": 4}
+SIZES = ((2, 3, 48, 64), (3, 3, 48, 64), (2, 3, 72, 56), (4, 3, 56, 83))
+
+
+def bend(module: nn.Module) -> nn.Module:
+    """Predictors start at zero; with these weights every sample moves."""
+    for layer in module.modules():
+        if isinstance(layer, BallConv2d):
+            nn.init.normal_(layer.predictor.weight, std=0.05)
+    return module
+
+
+def small_network(conv: str) -> nn.Module:
+    return bend(timm.create_model(f"resnet18_{conv}", **SMALL))
+
+
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("conv", FAMILIES)
+def test_a_layer_compiles_once_for_all_sizes(conv):
+    layer = bend(LAYERS[conv](3, 4, 3, stride=2))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in SIZES:
+            x = torch.randn(size, requires_grad=True)
+            y = x.detach().clone().requires_grad_()
+            expected, result = layer(x), compiled(y)
+            torch.testing.assert_close(result, expected)
+            cotangent = torch.randn_like(expected)
+            parameters = list(layer.parameters())
+            for a, b in zip(
+                torch.autograd.grad(result, [y, *parameters], cotangent),
+                torch.autograd.grad(expected, [x, *parameters], cotangent),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_compiles_once_for_forward_and_once_for_training():
+    model = small_network("metric")
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in SIZES:
+            compiled(torch.randn(size)).sum().backward()
+    assert counter.frame_count == 1
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for size in SIZES:
+            image = torch.randn(size)
+            torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("conv", FAMILIES)
+def test_torch_export_takes_every_size_with_ordinary_operators(conv):
+    model = small_network(conv).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.randn(SIZES[0]),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and all(target.startswith("aten.") or "<built-in" in target for target in targets)
+    for size in (*SIZES, (1, 3, 33, 90)):
+        image = torch.randn(size)
+        torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder per family, as training leaves it."""
+
+    def save(conv: str) -> str:
+        folder = tmp_path / conv
+        timm.models.save_for_hf(small_network(conv), str(folder), safe_serialization=True)
+        return f"local-dir:{folder}"
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("conv", "half"), [("metric", False), ("deform", False), ("shifted", False), ("shifted", True)]
+)
+def test_onnx_equals_eager_in_onnxruntime(conv, half, saved, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript")
+    path = tmp_path / "model.onnx"
+    name = saved(conv)
+    export(ExportConfig(model=name, output=str(path), image_size=48, half=half))
+    model = timm.create_model(name, pretrained=True).eval()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for size in ((1, 3, 48, 48), (5, 3, 65, 40)):
+        image = torch.randn(size)
+        given = image.half() if half else image
+        result = torch.from_numpy(session.run(None, {"image": given.numpy()})[0])
+        assert result.dtype == given.dtype
+        tolerance = 1e-2 if half else 1e-4
+        torch.testing.assert_close(result.float(), model(image).detach(), rtol=tolerance, atol=tolerance)
+
+
+def test_export_program_runs_without_this_package(saved, tmp_path):
+    path, name = tmp_path / "model.pt2", saved("metric")
+    export(ExportConfig(model=name, format="export", output=str(path), image_size=48))
+    image = torch.randn(3, 3, 50, 61)
+    torch.save(image, tmp_path / "image.pt")
+    code = (
+        "import sys, torch; program = torch.export.load(sys.argv[1]).module();"
+        "torch.save(program(torch.load(sys.argv[2])).detach(), sys.argv[3]);"
+        "assert 'timm' not in sys.modules and 'timm_metricconv' not in sys.modules"
+    )
+    in_new_process(code, path, tmp_path / "image.pt", tmp_path / "result.pt")
+    expected = timm.create_model(name, pretrained=True).eval()(image)
+    torch.testing.assert_close(torch.load(tmp_path / "result.pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+def in_new_process(code: str, *arguments) -> None:
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_aoti_package_runs_in_a_fresh_process(tmp_path):
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    # one layer: the C++ compiler takes its time for every one
+    layer = bend(LAYERS["metric"](3, 4, 3, stride=2)).eval()
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        _to_aoti(model, torch.randn(2, 3, 48, 64), tmp_path / "model.pt2", ExportConfig())
+    images = [torch.randn(size) for size in ((1, 3, 48, 48), (3, 3, 51, 70))]
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch; run = torch._inductor.aoti_load_package(sys.argv[1]);"
+        "torch.save([run(image) for image in torch.load(sys.argv[2])], sys.argv[3]);"
+        "assert 'timm' not in sys.modules and 'timm_metricconv' not in sys.modules"
+    )
+    in_new_process(code, tmp_path / "model.pt2", tmp_path / "images.pt", tmp_path / "result.pt")
+    for image, result in zip(images, torch.load(tmp_path / "result.pt"), strict=True):
+        torch.testing.assert_close(result, model(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"opset": 16}, "opset=16.*18"),
+        ({"model": "resnet18_metrik"}, "Unknown model"),
+        ({"model_args": {"conv_cfg": {"drift": "wind"}}}, "drift='wind'"),
+        ({"checkpoint": "nowhere.safetensors"}, "no file"),
+        ({"output": "model.pth"}, "ends in .onnx"),
+        ({"format": "aoti", "output": "model.pt2"}, "C\\+\\+ compiler"),
+    ],
+)
+def test_export_refuses_what_cannot_work(changes, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = {"model": "test_resnet_metric", "output": "model.onnx", **changes}
+    with pytest.raises(ConfigError, match=says):
+        export(ExportConfig(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_differs_is_not_kept(tmp_path, monkeypatch):
+    def wrong(model, example, path, config):
+        path.write_bytes(b"a wrong program")
+        return lambda image: model(image) + 1
+
+    monkeypatch.setitem(_EXPORTERS, "onnx", wrong)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"an older export")
+    with pytest.raises(ConfigError, match="differs from the network"):
+        export(ExportConfig(model="test_resnet_metric", output=str(path), image_size=48))
+    assert path.read_bytes() == b"an older export"
+    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]

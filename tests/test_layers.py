@@ -1,0 +1,478 @@
+"""The layers: identity start, geometry, dtypes, conversions, serialisation, errors."""
+
+import copy
+import math
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import deform_conv2d
+
+from timm_metricconv import LAYERS, ActiveConv2d, AffineConv2d, DeformConv2d, MetricConv2d, ShiftedConv2d
+from timm_metricconv.geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS
+from timm_metricconv.ops import BACKENDS
+
+PAPERS = {"parametrization": "spectral_scale", "drift": "sigmoid_norm_detach", "pattern": "onion"}
+VARIANTS = {name: (layer, {}) for name, layer in LAYERS.items()}
+VARIANTS |= {f"{name}, modulated": (layer, {"modulated": True}) for name, layer in LAYERS.items()}
+VARIANTS |= {"paper's metric": (MetricConv2d, PAPERS), "Riemannian": (MetricConv2d, {"eps_omega": 1.0})}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant, *args, **kwargs):
+    layer, own = VARIANTS[variant]
+    return layer(*args, **own | kwargs)
+
+
+def bend(layer, size=0.3):
+    """Gives the geometry random parameters, away from the identity."""
+    for name, parameter in layer.named_parameters():
+        if name.startswith("predictor.") or name == "offset":
+            fan_in = parameter[0].numel() if parameter.dim() == 4 else 1
+            nn.init.normal_(parameter, std=size * fan_in**-0.5)
+    return layer
+
+
+def is_bent(layer, x):
+    """Guards the tests that would hold for the lattice as well."""
+    positions = layer.positions(x)
+    return (positions - layer.points.flatten(0, 1)[None, :, :, None, None]).abs().max() > 0.02
+
+
+CONVOLUTIONS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "stride": {"stride": 2, "padding": 1},
+    "pairs": {"stride": (2, 1), "padding": (0, 3), "dilation": (1, 2)},
+    "dilation": {"dilation": 3, "padding": 3},
+    "groups": {"groups": 2, "padding": 1},
+    "depthwise": {"groups": 4, "out_channels": 4, "padding": 1},
+    "even kernel": {"kernel_size": 2, "padding": 1},
+    "even kernel, dilation": {"kernel_size": 4, "dilation": 2, "stride": 2, "padding": 3},
+    "1x1": {"kernel_size": 1, "padding": 0},
+    "5x5": {"kernel_size": 5, "padding": 2},
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "paper's metric"])  # its pattern is not the lattice
+def test_identity_start_is_conv2d(variant, case):
+    arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1} | CONVOLUTIONS[case]
+    conv, x = nn.Conv2d(**arguments), torch.randn(2, 4, 11, 14)
+    layer = build(variant, **arguments)
+    missing, unknown = layer.load_state_dict(conv.state_dict(), strict=False)
+    assert not unknown and all(re.match(r"predictor\.|offset$", key) for key in missing)
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_identity_start_of_every_metric(parametrization, drift):
+    conv, x = nn.Conv2d(4, 6, 3, padding=2, dilation=2), torch.randn(2, 4, 9, 8)
+    layer = MetricConv2d.from_conv(conv, parametrization=parametrization, drift=drift)
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_default_padding_keeps_the_size(kernel_size):
+    for dilation in (1, 2, (1, 3)):
+        layer = MetricConv2d(2, 3, kernel_size, dilation=dilation)
+        assert layer(torch.randn(1, 2, 7, 9)).shape == (1, 3, 7, 9)
+    assert MetricConv2d(2, 3, 4, dilation=2).padding == (4, 4)
+
+
+@variants
+@pytest.mark.parametrize("padding", [2, "same", "valid"])
+def test_from_conv_owns_the_parameters(variant, padding):
+    conv = nn.Conv2d(4, 6, 5, padding=padding, dilation=(2, 1), groups=2).double().eval()
+    layer, own = VARIANTS[variant]
+    new = layer.from_conv(conv, **own)
+    assert new.weight is conv.weight and new.bias is conv.bias and not new.training
+    assert all(p.dtype == torch.float64 for p in new.parameters())
+    x = torch.randn(2, 4, 12, 11, dtype=torch.float64)
+    assert new(x).shape == conv(x).shape
+    if "pattern" not in own:
+        torch.testing.assert_close(new(x), conv(x))
+
+
+def test_from_conv_with_the_papers_start_and_a_fixed_kernel():
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    layer = DeformConv2d.from_conv(conv, init="paper")
+    assert layer.bias is None and layer.weight is not conv.weight
+    assert torch.equal(layer.weight, torch.full_like(layer.weight, 1 / 36))
+    layer = ShiftedConv2d.from_conv(conv, fixed_kernel=True)
+    assert layer.weight is conv.weight and not layer.weight.requires_grad
+
+
+@variants
+def test_batch_independence(variant):
+    """Values and gradients of an image are the same whatever its batch mates are, NaN included."""
+    layer = bend(build(variant, 4, 6, 3, stride=2)).double()
+    x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
+    assert is_bent(layer, x)
+    together = layer(x)
+    for i in range(3):
+        torch.testing.assert_close(layer(x[i : i + 1])[0], together[i], rtol=1e-12, atol=1e-12)
+    spoilt = x.clone()
+    spoilt[1] = math.nan
+    torch.testing.assert_close(layer(spoilt)[::2], together[::2], rtol=1e-12, atol=1e-12)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x)[0].sum(), x)
+    assert gradient[0].any() and not gradient[1:].any()
+
+
+@variants
+@pytest.mark.parametrize(("dy", "dx"), [(0, 2), (2, -4)])
+def test_shift_equivariance(variant, dy, dx):
+    """Away from the border; the margin of zeros keeps the image's mean, which the affine layer reads."""
+    layer = bend(build(variant, 2, 3, 3, stride=2), 0.5).double()
+    x = torch.zeros(1, 2, 32, 32, dtype=torch.float64)
+    x[:, :, 11:21, 11:21] = torch.randn(1, 2, 10, 10)
+    assert is_bent(layer, x)
+    out, moved = layer(x), layer(x.roll((dy, dx), (2, 3)))
+    torch.testing.assert_close(moved[..., 3:-3, 3:-3], out.roll((dy // 2, dx // 2), (2, 3))[..., 3:-3, 3:-3])
+    assert not torch.allclose(moved, out, atol=1e-2)
+
+
+@variants
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_dtypes(variant, dtype, wide):
+    layer = bend(build(variant, 4, 6, 3, stride=2, dtype=dtype))
+    x = torch.randn(2, 4, 9, 7, dtype=dtype, requires_grad=True)
+    positions, out = layer.positions(x), layer(x)
+    assert positions.dtype == wide and positions.shape == (2, 9, 2, 5, 4)
+    assert out.dtype == dtype and out.shape == (2, 6, 5, 4)
+    if isinstance(layer, MetricConv2d):
+        m, omega = layer.metric(x)
+        assert m.dtype == omega.dtype == wide and m.shape == (2, 2, 2, 5, 4) and omega.shape == (2, 2, 5, 4)
+    out.sum().backward()
+    assert x.grad.dtype == dtype
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
+    exact = copy.deepcopy(layer).double()(x.double())
+    tolerance = 0.1 if wide != dtype else 1e-5
+    assert (out.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(variant, dtype):
+    layer = bend(build(variant, 4, 6, 3))
+    x = torch.randn(2, 4, 9, 7).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype):
+        out, positions = layer(x), layer.positions(x)
+        out.float().sum().backward()
+        if isinstance(layer, MetricConv2d):
+            assert all(t.dtype == torch.float32 for t in layer.metric(x))
+    assert out.dtype == dtype and positions.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    expected = layer(x)
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@variants
+def test_conversion_keeps_the_tables(variant):
+    """Rounded to bfloat16 and back, the pattern is as accurate as at the start."""
+    layer = build(variant, 2, 2, 5, dilation=3)
+    directions, radii = PATTERNS[layer.pattern](5, (3, 3))
+    points = radii[:, :, None] * directions
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float64):
+        layer.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        assert torch.equal(layer.points, points.to(wide)) and layer.points.dtype == wide
+        assert torch.equal(layer.directions, directions.to(wide)) and layer.weight.dtype == dtype
+
+
+@variants
+def test_meta_device(variant):
+    layer = build(variant, 4, 6, 3, stride=2, device="meta")
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    expected = build(variant, 4, 6, 3, stride=2)
+    expected.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 9, 7)
+    torch.testing.assert_close(layer(x), expected(x))
+    with torch.device("meta"):
+        assert build(variant, 4, 6, 3).points.is_meta
+        assert build(variant, 4, 6, 3, device="cpu").points.device.type == "cpu"
+
+
+@variants
+@pytest.mark.xfail(strict=True, reason="ops._autocast asks torch for autocast on the device 'meta', which it refuses")
+def test_forward_on_meta(variant):
+    layer = build(variant, 4, 6, 3, stride=2, device="meta")
+    assert layer(torch.randn(2, 4, 9, 7, device="meta")).shape == (2, 6, 5, 4)
+
+
+@variants
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state dict"])
+def test_copies(variant, way):
+    layer = bend(build(variant, 4, 6, 3, groups=2, init="paper")).eval()
+    if way == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        other = build(variant, 4, 6, 3, groups=2).eval()
+        other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 6, 5)
+    assert torch.equal(layer(x), other(x))
+    with torch.no_grad():
+        other.weight.zero_()
+    assert layer.weight.any()
+
+
+@variants
+def test_state_dict_is_conv2ds_and_the_geometry(variant):
+    keys = set(build(variant, 4, 6, 3).state_dict())
+    geometry = {"predictor.weight", "predictor.bias"} if variant != "active" else set()
+    assert keys == {"weight", "bias"} | geometry | ({"offset"} if variant.startswith("active") else set())
+
+
+@variants
+@pytest.mark.parametrize("compiler", ["script", "trace", "compile"])
+def test_compilers(variant, compiler):
+    """The same values at another size than the one compiled for, and the same gradient."""
+    if compiler == "compile" and variant not in ("metric, modulated", "paper's metric", "deform", "active", "affine"):
+        pytest.skip("compiled through another variant")
+    layer = bend(build(variant, 4, 6, 3, stride=2, groups=2))
+    x = torch.randn(2, 4, 6, 5)
+    if compiler == "script":
+        compiled = torch.jit.script(layer)
+    elif compiler == "trace":
+        compiled = torch.jit.trace(layer, x)
+    else:
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for other in (x, torch.randn(1, 4, 9, 7)):
+        torch.testing.assert_close(compiled(other), layer(other), rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    for actual, value in zip(torch.autograd.grad(compiled(x).sum(), list(layer.parameters())), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-3, atol=1e-4)
+
+
+@variants
+def test_fixed_kernel(variant):
+    layer = bend(build(variant, 4, 6, 3, fixed_kernel=True))
+    assert "weight" in layer.state_dict() and not layer.weight.requires_grad
+    layer(torch.randn(2, 4, 6, 5)).square().sum().backward()
+    assert layer.weight.grad is None
+    assert all(p.grad.any() for name, p in layer.named_parameters() if name != "weight")
+    assert "fixed_kernel=True" in repr(layer)
+
+
+@variants
+def test_learning_starts_at_the_identity(variant):
+    """No parameter sits on a plateau: each has a gradient at the start."""
+    layer = build(variant, 4, 6, 3)
+    layer(torch.rand(2, 4, 6, 5)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+PAPER_ROWS = {  # DESIGN.md §4: row → value of the predictor's weight; rows not named keep nn.Conv2d's
+    "cholesky": {0: 1 / 36, 2: 1 / 36, 1: 1e-6, 3: 1e-6, 4: 1e-6},
+    "ldl": {1: 1 / 36, 2: 1 / 36, 0: 1e-6, 3: 1e-6, 4: 1e-6},
+    "spectral": {},
+    "spectral_scale": dict.fromkeys(range(2, 7), 1e-6),
+}
+
+
+@pytest.mark.parametrize("parametrization", PAPER_ROWS)
+def test_papers_start_of_the_predictor(parametrization):
+    layer = MetricConv2d(4, 6, 3, parametrization=parametrization, init="paper", groups=2)
+    rows = PAPER_ROWS[parametrization]
+    assert not layer.predictor.bias.any()
+    for channel, row in enumerate(layer.predictor.weight):
+        if channel in rows:
+            torch.testing.assert_close(row, torch.full_like(row, rows[channel]))
+        else:  # uniform within ±1/sqrt(fan-in)
+            assert row.unique().numel() == row.numel() and 0.05 < row.abs().max() <= 1 / 6
+
+
+@variants
+def test_papers_start_of_the_kernel_and_of_offsets(variant):
+    layer = build(variant, 4, 6, 3, groups=2, init="paper")
+    torch.testing.assert_close(layer.weight, torch.full_like(layer.weight, 1 / (9 * 2)))
+    if not isinstance(layer, MetricConv2d) and layer.predictor is not None:
+        assert torch.equal(layer.predictor.weight, torch.full_like(layer.predictor.weight, 1e-6))
+        assert not layer.predictor.bias.any()
+
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": 0}, "kernel_size=0"),
+        ({"kernel_size": (3, 5)}, r"kernel_size=\(3, 5\).*square"),
+        ({"kernel_size": 3.0}, "kernel_size=3.0"),
+        ({"kernel_size": ()}, r"kernel_size=\(\)"),
+        ({"kernel_size": "3"}, "kernel_size='3'"),
+        ({"kernel_size": None}, "kernel_size=None"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"out_channels": -1}, "out_channels=-1"),
+        ({"in_channels": 4.0}, "in_channels=4.0"),
+        ({"stride": 0}, "stride=0"),
+        ({"stride": (1, 2, 3)}, r"stride=\(1, 2, 3\)"),
+        ({"padding": -1}, "padding=-1"),
+        ({"padding": "same"}, "padding='same'"),
+        ({"dilation": 0}, "dilation=0"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": 3}, "groups=3.*in_channels=4"),
+        ({"init": "kaiming"}, "init='kaiming'.*identity, paper"),
+        ({"backend": "cudnn"}, "backend='cudnn'.*gather"),
+    ],
+)
+@pytest.mark.parametrize("layer", LAYERS.values())
+def test_bad_arguments(layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parametrization": "logspf"}, "parametrization='logspf'.*logspd"),
+        ({"drift": "none"}, "drift='none'.*whitened"),
+        ({"pattern": "hex"}, "pattern='hex'.*lattice"),
+        ({"eps_omega": 0}, "eps_omega=0"),
+        ({"eps_omega": 1.5}, "eps_omega=1.5"),
+        ({"eps_omega": math.nan}, "eps_omega=nan"),
+        ({"scale": (1.5, 0.1)}, "scale="),
+        ({"scale": (0.0, 1.5)}, "scale="),
+        ({"scale": (1.0,)}, "scale="),
+    ],
+)
+def test_bad_arguments_of_metric_layers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MetricConv2d(4, 6, 3, **arguments)
+
+
+@variants
+def test_bad_inputs(variant):
+    layer = build(variant, 4, 6, 3)
+    with pytest.raises(ValueError, match=r"input: expected \[B, C_in, H, W\]"):
+        layer(torch.randn(4, 6, 5))
+    with pytest.raises((ValueError, RuntimeError), match="3 channels"):
+        layer(torch.randn(1, 3, 6, 5))
+
+
+@variants
+@pytest.mark.parametrize(
+    ("batch", "size", "kernel_size"),
+    [(0, (6, 5), 3), (1, (1, 1), 3), (3, (2, 3), 5), (1, (3, 9), 7), (2, (1, 6), 4), (3, (12, 1), 3)],
+)
+def test_sizes(variant, batch, size, kernel_size):
+    """Empty batches, one pixel, one row, images below the kernel: forward and backward."""
+    if kernel_size % 2 == 0 and "paper" in variant:
+        pytest.skip("onion takes odd kernels")
+    layer = bend(build(variant, 4, 6, kernel_size))
+    x = torch.randn(batch, 4, *size, requires_grad=True)
+    out = layer(x)
+    extra = 1 - kernel_size % 2
+    assert out.shape == (batch, 6, size[0] + extra, size[1] + extra)
+    assert layer.positions(x).shape == (batch, kernel_size**2, 2, *out.shape[2:])
+    out.square().sum().backward()
+    assert x.grad.shape == x.shape and x.grad.isfinite().all()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@variants
+def test_channels_last(variant):
+    layer, x = bend(build(variant, 4, 6, 3)), torch.randn(2, 4, 6, 5)
+    last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_without_drift_the_ball_is_its_mirror_image():
+    x = torch.randn(2, 4, 6, 5)
+    for parametrization in PARAMETRIZATIONS:
+        layer = bend(MetricConv2d(4, 6, 3, eps_omega=1, parametrization=parametrization), 1.0)
+        positions = layer.positions(x)
+        torch.testing.assert_close(positions, -positions.flip(1))
+        assert not layer.metric(x)[1].any()
+        drifting = bend(MetricConv2d(4, 6, 3, eps_omega=0.1, parametrization=parametrization), 1.0)
+        assert not torch.allclose(drifting.positions(x), -drifting.positions(x).flip(1), atol=1e-2)
+
+
+@pytest.mark.parametrize("eps_omega", [0.1, 1.0])
+def test_no_sample_beyond_max_radius(eps_omega):
+    layer = bend(MetricConv2d(4, 6, 3, eps_omega=eps_omega), 1e3)
+    radius = layer.positions(torch.randn(2, 4, 16, 16)).norm(dim=2).max()
+    assert layer.max_radius == pytest.approx(4 * 2**0.5 / eps_omega)
+    assert 0.5 * layer.max_radius < radius <= layer.max_radius * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("layer", [DeformConv2d, ShiftedConv2d])
+def test_offsets_have_torchvisions_order(layer, modulated):
+    layer = bend(layer(4, 6, 3, stride=2, dilation=2, groups=2, modulated=modulated), 1.0)
+    x = torch.randn(2, 4, 9, 8)
+    raw = layer.predictor(x)
+    offset = raw[:, :18] if isinstance(layer, DeformConv2d) else raw[:, :2].repeat(1, 9, 1, 1)
+    mask = 2 * raw[:, -9:].sigmoid() if modulated else None
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, (2, 2), (2, 2), (2, 2), mask)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    lattice = layer.points[0][None, :, :, None, None]
+    shift = (layer.positions(x) - lattice).flip(2).flatten(1, 2)
+    torch.testing.assert_close(shift, offset, rtol=1e-5, atol=1e-5)
+
+
+def test_modulated_metric():
+    layer, x = bend(MetricConv2d(4, 6, 3, modulated=True), 1.0), torch.randn(2, 4, 9, 8)
+    raw = layer.predictor(x)
+    assert raw.shape[1] == 5 + 9
+    offset = (layer.positions(x) - layer.points[0][None, :, :, None, None]).flip(2).flatten(1, 2)
+    mask = 2 * raw[:, 5:].sigmoid()
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=(1, 1), mask=mask)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_active_has_one_set_of_offsets():
+    layer = bend(ActiveConv2d(4, 6, 3))
+    positions = layer.positions(torch.randn(2, 4, 6, 5))
+    expected = (layer.points[0] + layer.offset)[None, :, :, None, None].expand_as(positions)
+    assert torch.equal(positions, expected) and layer.predictor is None
+
+
+def test_affine_maps_the_lattice():
+    layer, x = bend(AffineConv2d(4, 6, 3), 1.0), torch.randn(2, 4, 6, 5)
+    raw = layer.predictor(x.mean((2, 3), keepdim=True))[:, :, 0, 0]
+    matrix, shift = torch.eye(2) + raw[:, :4].view(2, 2, 2), raw[:, 4:]
+    expected = torch.einsum("bij,kj->bki", matrix, layer.points[0]) + shift[:, None]
+    positions = layer.positions(x)
+    torch.testing.assert_close(positions, expected[:, :, :, None, None].expand_as(positions))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradcheck_through_the_layer(pattern):
+    """Image → predictor → metric → positions → op, in float64."""
+    layer = bend(MetricConv2d(2, 2, 3, pattern=pattern, dtype=torch.float64))
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    parameters = list(layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters), fast_mode=True)
+
+
+@variants
+@pytest.mark.parametrize("backend", [name for name, row in BACKENDS.items() if row.why_not("cpu", 4) is None])
+def test_backends_agree(variant, backend):
+    layer, x = bend(build(variant, 4, 6, 3, groups=2)), torch.randn(2, 4, 6, 5)
+    other = build(variant, 4, 6, 3, groups=2, backend=backend)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_repr_names_what_differs():
+    text = repr(MetricConv2d(4, 6, 3, bias=False, groups=2, dilation=2, modulated=True, drift="sigmoid_norm"))
+    for part in ("4, 6", "groups=2", "dilation=(2, 2)", "bias=False", "modulated=True", "drift='sigmoid_norm'"):
+        assert part in text

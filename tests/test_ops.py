@@ -1,0 +1,432 @@
+"""`ball_conv2d`: every backend against the reference and a loop, outputs and gradients; and what surrounds an op."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_metricconv.ops import BACKENDS, ball_conv2d
+
+RUNNABLE = [name for name, backend in BACKENDS.items() if backend.why_not("cpu", 4) is None]
+backends = pytest.mark.parametrize("backend", RUNNABLE)
+CHECKED = ("x", "positions", "weight", "bias", "mask")
+
+
+def can_take(backend, weight):
+    return BACKENDS[backend].why_not("cpu", weight.dim()) is None
+
+
+def pair(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def loop(x, positions, weight, bias=None, mask=None, stride=1, padding=0, dilation=1, groups=1):
+    """The equation, pixel by pixel. The hat function over whole rows and columns stands for the bilinear read."""
+    (batch, _, height, width), (_, taps, _, out_height, out_width) = x.shape, positions.shape
+    kernel_size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    sy, sx = (
+        torch.arange(n) * s - p + d * (k - 1) / 2
+        for n, s, p, d, k in zip(
+            (out_height, out_width), pair(stride), pair(padding), pair(dilation), kernel_size, strict=True
+        )
+    )
+    kernel = weight.flatten(2).unflatten(0, (groups, -1))  # [groups, C_out/groups, C_in/groups, K]
+    rows = []
+    for b in range(batch):
+        for i in range(out_height):
+            for j in range(out_width):
+                samples = []
+                for tap in range(taps):
+                    px, py = sx[j] + positions[b, tap, 0, i, j], sy[i] + positions[b, tap, 1, i, j]
+                    hat_x = (1 - (px - torch.arange(width)).abs()).clamp(min=0)
+                    hat_y = (1 - (py - torch.arange(height)).abs()).clamp(min=0)
+                    value = hat_y @ x[b] @ hat_x
+                    samples.append(value if mask is None else value * mask[b, tap, i, j])
+                columns = torch.stack(samples, -1).unflatten(0, (groups, -1))
+                rows.append(torch.einsum("goct,gct->go", kernel, columns).flatten())
+    out = torch.stack(rows).view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
+    return out if bias is None else out + bias[:, None, None]
+
+
+# kernel size k (None: K free taps), image size, and what differs from the defaults
+CASES = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "no padding": {"padding": 0},
+    "stride": {"stride": 2},
+    "stride, pairs": {"stride": (3, 2), "padding": (0, 2), "dilation": (1, 2)},
+    "dilation": {"dilation": 2, "padding": 2},
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 4, "out_channels": 4},
+    "depthwise, multiplied": {"groups": 4, "out_channels": 8},
+    "one channel": {"channels": 1},
+    "mask": {"mask": True},
+    "mask, groups, stride": {"mask": True, "groups": 2, "stride": 2},
+    "even kernel": {"kernel_size": (2, 2)},
+    "1x1 kernel": {"kernel_size": (1, 1), "padding": 0},
+    "kernel of two sizes": {"kernel_size": (2, 3)},
+    "free taps": {"kernel_size": None, "padding": 0},
+    "free taps, mask, groups": {"kernel_size": None, "padding": 0, "mask": True, "groups": 2, "stride": 2},
+    "batch of 1": {"batch": 1},
+    "batch of 3": {"batch": 3, "size": (3, 4)},
+    "one pixel": {"size": (1, 1)},
+    "one row": {"size": (1, 6)},
+    "one column": {"size": (5, 1), "stride": 2},
+    "image below the kernel": {"size": (2, 3), "kernel_size": (5, 5), "padding": 2},
+}
+
+
+def problem(
+    batch=2,
+    channels=4,
+    out_channels=6,
+    size=(5, 4),
+    kernel_size=(3, 3),
+    stride=1,
+    padding=1,
+    dilation=1,
+    groups=1,
+    bias=True,
+    mask=False,
+    spread=1.5,
+    dtype=torch.float64,
+):
+    """Random tensors and the keyword arguments of `ball_conv2d`; positions reach outside the image."""
+    sizes = kernel_size or (1, 1)
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(size, pair(padding), pair(dilation), sizes, pair(stride), strict=True)
+    ]
+    taps = 5 if kernel_size is None else math.prod(kernel_size)
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {
+        "x": torch.randn(batch, channels, *size, dtype=dtype),
+        "positions": spread * torch.randn(batch, taps, 2, *out, dtype=torch.float64).to(wide),
+        "weight": torch.randn(out_channels, channels // groups, *(kernel_size or (taps,)), dtype=dtype),
+        "bias": torch.randn(out_channels, dtype=dtype) if bias else None,
+        "mask": torch.rand(batch, taps, *out, dtype=torch.float64).to(wide) if mask else None,
+    }
+    return tensors, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+
+def outputs_and_gradients(function, tensors, arguments, dtype=None):
+    leaves = {
+        key: None if value is None else value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        for key, value in tensors.items()
+    }
+    out = function(**leaves, **arguments)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos()
+    (out.double() * cotangent).sum().backward()
+    return {"out": out.detach()} | {key: leaf.grad for key, leaf in leaves.items() if leaf is not None}
+
+
+def compare(actual, expected, tolerance):
+    """Every tensor to `tolerance` of its largest value."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert actual[key].shape == value.shape, key
+        error, size = (actual[key].double() - value.double()).abs(), value.double().abs()
+        if value.numel():
+            assert error.max() <= tolerance * (1e-3 + size.max()), f"{key}: {error.max()} of {size.max()}"
+
+
+@backends
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_loop(case, backend):
+    tensors, arguments = problem(**CASES[case])
+    if not can_take(backend, tensors["weight"]):
+        pytest.skip(BACKENDS[backend].why_not("cpu", tensors["weight"].dim()))
+    actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
+    compare(actual, outputs_and_gradients(loop, tensors, arguments), 1e-10)
+
+
+@pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "reference"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("case", ["plain", "mask, groups, stride", "depthwise", "free taps", "one pixel", "batch of 3"])
+def test_equals_the_reference_in_low_precision(case, dtype, tolerance, backend):
+    """Against the reference on the same (rounded) tensors in float64; every result keeps its dtype."""
+    tensors, arguments = problem(**{"channels": 8, "size": (9, 11)} | CASES[case], dtype=dtype)
+    if not can_take(backend, tensors["weight"]):
+        pytest.skip(BACKENDS[backend].why_not("cpu", tensors["weight"].dim()))
+    actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
+    reference = functools.partial(ball_conv2d, backend="reference")
+    compare(actual, outputs_and_gradients(reference, tensors, arguments, torch.float64), tolerance)
+    assert {key: value.dtype for key, value in actual.items()} == {"out": dtype} | {
+        key: value.dtype for key, value in tensors.items() if value is not None
+    }
+
+
+@backends
+def test_many_slabs(backend):
+    """Large enough for several slabs of columns, in the forward and in the backward pass."""
+    tensors, arguments = problem(batch=3, channels=64, out_channels=3, size=(31, 27), spread=2, mask=True)
+    tensors = {key: value.float() for key, value in tensors.items()}
+    actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
+    reference = functools.partial(ball_conv2d, backend="reference")
+    compare(actual, outputs_and_gradients(reference, tensors, arguments, torch.float64), 1e-4)
+
+
+@backends
+@pytest.mark.parametrize("grouped", [False, True])
+def test_batch_of_0(grouped, backend):
+    tensors, arguments = problem(batch=0, mask=grouped, groups=2 if grouped else 1)
+    result = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
+    assert result["out"].shape == (0, 6, 5, 4)
+    for key, value in tensors.items():
+        assert value is None or torch.equal(result[key], torch.zeros_like(value)), key
+
+
+@backends
+@pytest.mark.parametrize("layout", ["channels-last", "strided", "expanded", "flipped"])
+def test_memory_layouts(layout, backend):
+    tensors, arguments = problem(mask=True, groups=2)
+    function = functools.partial(ball_conv2d, backend=backend)
+
+    def lay(value):
+        if layout == "channels-last":
+            return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+        if layout == "strided":
+            return torch.stack((value, torch.full_like(value, math.nan)), -1)[..., 0]
+        return value.flip(-1).contiguous().flip(-1) if layout == "flipped" else value
+
+    if layout == "expanded":
+        tensors["positions"] = tensors["positions"][:1, :, :, :1, :1].expand_as(tensors["positions"])
+    expected = outputs_and_gradients(function, {k: v.contiguous() for k, v in tensors.items()}, arguments)
+    leaves = {key: value.detach().clone().requires_grad_() for key, value in tensors.items()}
+    out = function(**{key: lay(value) for key, value in leaves.items()}, **arguments)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos()
+    (out * cotangent).sum().backward()
+    compare({"out": out.detach()} | {key: leaf.grad for key, leaf in leaves.items()}, expected, 1e-12)
+
+
+@backends
+@pytest.mark.parametrize("needed", CHECKED)
+def test_one_gradient_alone(needed, backend):
+    tensors, arguments = problem(mask=True, groups=2)
+    function = functools.partial(ball_conv2d, backend=backend)
+    expected = outputs_and_gradients(function, tensors, arguments)[needed]
+    tensors[needed].requires_grad_()
+    out = function(**tensors, **arguments)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos()
+    (gradient,) = torch.autograd.grad((out * cotangent).sum(), tensors[needed])
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@backends
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"stride": 2, "padding": 3}, {"dilation": (2, 3), "groups": 2, "padding": (4, 5)}]
+)
+def test_lattice_is_conv2d(arguments, kernel_size, backend):
+    x = torch.randn(2, 4, 13, 14, dtype=torch.float64)
+    weight = torch.randn(6, 4 // arguments.get("groups", 1), kernel_size, kernel_size, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+    expected = F.conv2d(x, weight, bias, **arguments)
+    dilation = pair(arguments.get("dilation", 1))
+    axis = torch.arange(kernel_size, dtype=torch.float64) - (kernel_size - 1) / 2
+    lattice = torch.stack([torch.stack((dilation[1] * column, dilation[0] * row)) for row in axis for column in axis])
+    positions = lattice[None, :, :, None, None].expand(2, -1, -1, *expected.shape[2:])
+    out = ball_conv2d(x, positions, weight, bias, **arguments, backend=backend)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@backends
+@pytest.mark.parametrize("place", [-2.0, -1.0, -0.5, 0.0, 1.0, 2.5, 3.0, 4.0, 5.0])
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_on_a_pixel_the_derivative_is_the_right_one(place, axis, backend):
+    """A ramp of four values along one axis: value and derivative from the right of its interpolation, zero outside."""
+    image = torch.tensor([3.0, 5.0, 11.0, 2.0], dtype=torch.float64)
+    x = image.view(1, 1, 1, 4) if axis == "x" else image.view(1, 1, 4, 1)
+    # one output pixel, whose centre is pixel (0, 0): stride beyond the image
+    positions = torch.zeros(1, 1, 2, 1, 1, dtype=torch.float64)
+    positions[0, 0, 0 if axis == "x" else 1] = place
+    positions.requires_grad_()
+    out = ball_conv2d(x, positions, torch.ones(1, 1, 1, 1, dtype=torch.float64), stride=9, backend=backend)
+    (gradient,) = torch.autograd.grad(out.sum(), positions)
+    padded = F.pad(image, (4, 4))
+    left = math.floor(place) + 4
+    assert out.item() == pytest.approx(torch.lerp(padded[left], padded[left + 1], place - math.floor(place)).item())
+    along = gradient[0, 0, 0 if axis == "x" else 1].item()
+    assert along == pytest.approx((padded[left + 1] - padded[left]).item())
+
+
+@backends
+def test_far_outside_is_zero(backend):
+    tensors, arguments = problem(dtype=torch.float32)
+    for far in (7.0, 1e3, 1e9, 1e20):
+        far = tensors | {"positions": far * torch.randn_like(tensors["positions"]).sign()}
+        result = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), far, arguments)
+        torch.testing.assert_close(result["out"], tensors["bias"][:, None, None].expand_as(result["out"]))
+        assert not result["x"].any() and not result["positions"].any() and not result["weight"].any()
+
+
+@backends
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_positions_that_are_no_numbers(bad, backend):
+    """They may spoil what reads them, and nothing else; and nothing crashes."""
+    tensors, arguments = problem(dtype=torch.float32)
+    good = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
+    spoilt = tensors | {"positions": tensors["positions"].clone()}
+    spoilt["positions"][0, 4, :, 2, 1] = bad
+    result = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), spoilt, arguments)
+    elsewhere = torch.ones(2, 5, 4, dtype=torch.bool)
+    elsewhere[0, 2, 1] = False
+    for key in ("out", "positions"):
+        here, there = (value[key].flatten(1, -3).movedim(1, -1)[elsewhere] for value in (result, good))
+        torch.testing.assert_close(here, there)
+    torch.testing.assert_close(result["x"][1], good["x"][1])
+
+
+@backends
+def test_gradcheck(backend):
+    # away from the kinks at the pixels
+    tensors, arguments = problem(batch=1, channels=2, out_channels=2, size=(4, 3), groups=2, mask=True)
+    tensors["positions"] = tensors["positions"].floor() + 0.1 + 0.8 * torch.rand_like(tensors["positions"])
+    tensors = [tensors[key].requires_grad_() for key in CHECKED]
+
+    def function(*values):
+        return ball_conv2d(**dict(zip(CHECKED, values, strict=True)), **arguments, backend=backend)
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=False)
+
+
+def test_reference_has_second_derivatives():
+    tensors, arguments = problem(batch=1, channels=1, out_channels=1, size=(3, 3))
+    tensors["positions"] = tensors["positions"].floor() + 0.1 + 0.8 * torch.rand_like(tensors["positions"])
+    leaves = [tensors[key].requires_grad_() for key in CHECKED[:3]]
+    assert torch.autograd.gradgradcheck(
+        lambda x, positions, weight: ball_conv2d(x, positions, weight, **arguments, backend="reference"), leaves
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 5, 4)}, ValueError, r"x: expected \[B, C_in, H, W\]"),
+        ({"x": torch.zeros(2, 3, 5, 4)}, ValueError, "weight: .*3 channels"),
+        ({"groups": 2}, ValueError, "weight: .*groups=2"),
+        ({"weight": torch.zeros(6, 4)}, ValueError, "weight: expected"),
+        ({"weight": torch.zeros(6, 4, 2, 2)}, ValueError, "positions: expected"),
+        ({"positions": torch.zeros(2, 9, 2, 5, 5)}, ValueError, "positions: expected .*2, 9, 2, 5, 4.*2, 9, 2, 5, 5"),
+        ({"positions": torch.zeros(1, 9, 2, 5, 4)}, ValueError, "positions: expected"),
+        ({"stride": 2}, ValueError, "positions: expected"),
+        ({"positions": torch.zeros(2, 9, 2, 5, 4).bfloat16()}, TypeError, "positions: .*bfloat16"),
+        ({"positions": torch.zeros(2, 9, 2, 5, 4).long()}, TypeError, "positions: .*int64"),
+        ({"mask": torch.ones(2, 9, 5, 5)}, ValueError, "mask: expected"),
+        ({"backend": "cudnn"}, ValueError, "backend='cudnn': expected one of gather"),
+        ({"backend": "torchvision", "weight": torch.zeros(6, 4, 9), "padding": 0}, ValueError, "torchvision.*cannot"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    tensors, arguments = problem(dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        ball_conv2d(**tensors | arguments | change)
+
+
+def test_a_bias_of_another_length_is_refused():
+    tensors, arguments = problem(dtype=torch.float32)
+    for backend in (None, *RUNNABLE):
+        with pytest.raises((ValueError, RuntimeError)):
+            ball_conv2d(**tensors | {"bias": torch.zeros(5)}, **arguments, backend=backend)
+
+
+@backends
+def test_autocast_keeps_positions_in_float32(backend):
+    """Teeth of period 2, read at 250 + a fraction: in bfloat16 such positions would be whole."""
+    fraction = torch.tensor([0.125, 0.375, 0.625, 0.875])
+    x = (torch.arange(260) % 2).float().expand(1, 1, 2, 260).clone().requires_grad_()
+    positions = torch.full((1, 4, 2, 1, 259), -0.5)
+    positions[0, :, 0, 0] = 250 + fraction[:, None] - (torch.arange(259) + 0.5)
+    positions.requires_grad_()
+    weight = torch.eye(4).view(4, 1, 2, 2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ball_conv2d(x, positions, weight, backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out.float(), fraction[None, :, None, None].expand_as(out))
+    out.float().sum().backward()
+    assert x.grad.dtype == positions.grad.dtype == weight.grad.dtype == torch.float32
+    assert torch.equal(positions.grad[:, :, 0], torch.ones(1, 4, 1, 259))
+
+
+@backends
+def test_autocast_leaves_float64_alone(backend):
+    tensors, arguments = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ball_conv2d(**tensors, **arguments, backend=backend)
+    assert torch.equal(out, ball_conv2d(**tensors, **arguments, backend=backend))
+
+
+@pytest.mark.parametrize("case", ["plain", "depthwise", "stride", "free taps", "mask, groups, stride"])
+def test_flops(case):
+    """A bilinear sample is four multiply-adds a channel, and a multiply-add is two operations."""
+    tensors, arguments = problem(**CASES[case], dtype=torch.float32)
+    tensors = {key: None if value is None else value.requires_grad_() for key, value in tensors.items()}
+    with FlopCounterMode(display=False) as counter:
+        out = ball_conv2d(**tensors, **arguments, backend="gather")
+    batch, taps, _, height, width = tensors["positions"].shape
+    samples = batch * taps * height * width
+    gather, product = 4 * samples * tensors["x"].shape[1], samples * tensors["weight"][:, :, 0].numel() // (
+        tensors["weight"].shape[3] if tensors["weight"].dim() == 4 else 1
+    )
+    assert counter.get_total_flops() == 2 * (gather + product)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * (3 * gather + 2 * product)
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "one channel", "one pixel", "mask, groups, stride", "free taps", "batch of 0"]
+)
+def test_opcheck(case):
+    """Schema, fake tensors and autograd registration of the custom op and of its backward op."""
+    tensors, arguments = problem(**CASES.get(case, {"batch": 0}), dtype=torch.float32)
+    tensors = {key: None if value is None else value.requires_grad_() for key, value in tensors.items()}
+    tail = [list(pair(arguments[key])) for key in ("stride", "padding", "dilation")] + [arguments["groups"]]
+    forward, backward = torch.ops.timm_metricconv.gather_conv2d, torch.ops.timm_metricconv.gather_conv2d_backward
+    values = [tensors[key] for key in CHECKED]
+    torch.library.opcheck(forward.default, (*values, *tail))
+    x, positions, weight, _, mask = (None if value is None else value.detach() for value in values)
+    grad = torch.randn_like(forward(*values, *tail).detach())
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        arguments = (grad, x, positions, weight, mask, *tail, *needs)
+        torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@backends
+def test_compiles_without_a_break(backend):
+    tensors, arguments = problem(mask=True, groups=2, dtype=torch.float32)
+
+    def function(**tensors):
+        return 2 * ball_conv2d(**tensors, **arguments, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compare(outputs_and_gradients(compiled, tensors, {}), outputs_and_gradients(function, tensors, {}), 1e-6)
+
+
+@backends
+def test_gradients_are_deterministic(backend):
+    """The same bits twice, with many samples on one pixel and several threads."""
+    tensors, arguments = problem(batch=2, channels=32, size=(40, 40), spread=0.1, mask=True, dtype=torch.float32)
+    first, second = (
+        outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments) for _ in range(2)
+    )
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_default_is_the_first_that_can_run(monkeypatch):
+    tensors, arguments = problem(dtype=torch.float32)
+    called = []
+    for name, row in BACKENDS.items():
+        def record(*args, name=name, function=row.function):
+            called.append(name)
+            return function(*args)
+        monkeypatch.setitem(BACKENDS, name, row._replace(function=record))
+    ball_conv2d(**tensors, **arguments)
+    for name in RUNNABLE:
+        ball_conv2d(**tensors, **arguments, backend=name)
+    assert called == ["gather", *RUNNABLE]

@@ -1,0 +1,328 @@
+"""Image filters: one metric or deformable convolution of any size, computed in slices of its kernel.
+
+A filter of k = 121 reads 14641 samples at a pixel. Here a few taps at a time are placed, read and summed, and the backward
+pass places them again, so that memory depends on the image and not on k. The geometry may come from the image by a formula
+(`ImageMetricFilter2d`), be a free parameter at every pixel (`size=`), or be predicted by a convolution.
+"""
+
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..geometry import PATTERNS, Metric, image_metric, randers
+from ..geometry.parametrizations import EPS_L
+from ..ops import ball_conv2d
+from .ball_conv import _choice
+from .metric import MetricConv2d
+from .offsets import DeformConv2d
+
+# Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
+SLICE_SAMPLES = 2**20
+# From this many channels on, a channels-last gather beats reading planes.
+FEW_CHANNELS = 32
+
+# Taps, a function of tensors → their positions [B, n, 2, H, W], and those tensors.
+Slice = Tuple[Tensor, Callable[..., Tensor], Sequence[Tensor]]
+
+
+def sliced_conv2d(x: Tensor, weight: Tensor, slices: Iterable[Slice]) -> Tensor:
+    """`ball_conv2d` of free taps, each channel by itself, a slice of the kernel at a time.
+
+    Args:
+        x: Image `[B, C, H, W]`.
+        weight: `[C, 1, K]`.
+        slices: For each slice the indices of its n taps, a function, and the tensors it takes; it returns the taps'
+            positions `[B, n, 2, H, W]`. Nothing but these tensors is kept for the backward pass.
+
+    Returns:
+        `[B, C, H, W]`.
+    """
+    channels = x.shape[1]
+    backend = "grid_sample" if channels <= FEW_CHANNELS else None
+    out = torch.zeros_like(x)
+    for taps, place, tensors in slices:
+
+        def term(x: Tensor, kernel: Tensor, *tensors: Tensor, place=place) -> Tensor:
+            return ball_conv2d(x, place(*tensors), kernel, groups=channels, backend=backend)
+
+        out = out + checkpoint(term, x, weight[:, :, taps], *tensors, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _ranges(total: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, total)) for i in range(0, total, max(1, step)))
+
+
+def metric_slices(
+    metric: Metric,
+    omega: Tensor,
+    directions: Tensor,
+    points: Tensor,
+    *,
+    eps_omega: float,
+    eps: float = 0.0,
+    samples: int = SLICE_SAMPLES,
+) -> Iterator[Slice]:
+    """The unit ball of a metric for `sliced_conv2d`.
+
+    Args:
+        metric: Components `[B, H, W]`.
+        omega: `[B, H, W, 2]`.
+        directions: û of the pattern, `[D, 2]`.
+        points: r·û of the pattern, `[R, D, 2]` in pixels.
+        eps_omega: Margin of the drift, see `geometry.randers`.
+        eps: y = r·û / (F(û) + eps).
+        samples: Bound on taps × pixels × images of a slice.
+    """
+    count = max(1, samples // metric[0].numel())
+    rows = min(count, points.shape[0])
+    index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
+    for columns in _ranges(points.shape[1], count // rows):
+        for ring in _ranges(points.shape[0], rows):
+
+            def place(*geometry: Tensor, ring=ring, columns=columns) -> Tensor:
+                stretch = 1 / (randers(directions[columns], tuple(geometry[:4]), geometry[4], eps_omega) + eps)
+                # a matrix product of inner size 1: its gradient is one too, and makes nothing of the size of the positions
+                rays = points[ring, columns].transpose(0, 1).flatten(1)[:, :, None]
+                positions = torch.bmm(rays, stretch.permute(3, 0, 1, 2).flatten(1)[:, None])
+                return positions.view(-1, 2, *stretch.shape[:3]).permute(2, 0, 1, 3, 4)
+
+            yield index[ring, columns].t().flatten(), place, (*metric, omega)
+
+
+class _Filter:
+    """What the filters share: k odd, the image's size kept, each channel filtered by itself, no bias."""
+
+    def _setup(self, size: Optional[Sequence[int]], centre: bool, samples: int) -> None:
+        if self.kernel_size[0] % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size[0]}: a filter needs an odd one, to sit on its pixel.")
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"size={size}: expected (height, width).")
+        self.size, self.samples = size if size is None else tuple(size), samples
+        self.centre = None
+        if centre:
+            taps = self.weight[0].numel() + 1
+            with torch.no_grad():
+                self.weight.mul_((taps - 1) / taps)
+            self.centre = nn.Parameter(
+                torch.full_like(self.weight[:, 0, 0, 0], 1 / taps), requires_grad=not self.fixed_kernel
+            )
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"input: expected [B, {self.in_channels}, H, W], got {tuple(x.shape)}.")
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            raise ValueError(f"input: the geometry is that of {self.size} pixels, got an image of {tuple(x.shape[2:])}.")
+
+    def _slices(self, x: Tensor) -> Iterator[Slice]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` → `[B, C, H, W]`."""
+        self._check(x)
+        out = sliced_conv2d(x, self.weight.flatten(2), self._slices(x))
+        return out if self.centre is None else out + self.centre[:, None, None] * x
+
+
+class MetricFilter2d(_Filter, MetricConv2d):
+    """A metric convolution as an image filter; the paper's choices are the defaults.
+
+    Args:
+        channels: Each is filtered by itself, at the same places.
+        kernel_size: k, odd.
+        size: (height, width) for a geometry that is a free parameter at every pixel of images of this size (parameter
+            `raw`); by default a convolution predicts it, as `MetricConv2d` does.
+        centre: One more sample, in the centre.
+        samples: Bound on the samples in memory at once.
+        parametrization: See `MetricConv2d`.
+        drift: See `MetricConv2d`.
+        pattern: See `MetricConv2d`.
+        eps_omega: See `MetricConv2d`.
+        fixed_kernel: Uniform and without gradient (FKW), or learnable from uniform on (LKW).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        size: Optional[Sequence[int]] = None,
+        centre: bool = False,
+        samples: int = SLICE_SAMPLES,
+        parametrization: str = "cholesky",
+        drift: str = "sigmoid_norm",
+        pattern: str = "polar",
+        eps_omega: float = 0.5,
+        fixed_kernel: bool = True,
+    ):
+        self._free = size is not None
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            groups=channels,
+            bias=False,
+            parametrization=parametrization,
+            drift=drift,
+            pattern=pattern,
+            eps_omega=eps_omega,
+            fixed_kernel=fixed_kernel,
+            init="paper",
+        )
+        self._setup(size, centre, samples)
+        if size is not None:
+            self.raw = nn.Parameter(torch.zeros(1, self.channels, *size))
+
+    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Module]:
+        return None if self._free else super()._make_predictor(channels, dd)
+
+    def reset_predictor(self) -> None:
+        """As `MetricConv2d`; a free geometry waits for `init_from_image`."""
+        if self.predictor is not None:
+            super().reset_predictor()
+
+    @torch.no_grad()
+    def init_from_image(self, x: Tensor) -> None:
+        """Starts the free geometry at `image_metric(x)`, without drift. x: `[1, C, H, W]`.
+
+        Raises:
+            ValueError: The geometry is predicted, or its parametrization is not `cholesky`.
+        """
+        if self.size is None or self.parametrization != "cholesky":
+            raise ValueError("init_from_image: needs a free geometry (size=) in the parametrization 'cholesky'.")
+        self._check(x)
+        (a, b, _, s), _ = image_metric(x.mean(1, keepdim=True))
+        l0 = a.sqrt()
+        self.raw[:, :3] = torch.stack((l0 - EPS_L, b / l0, s / l0 - EPS_L), 1)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Raw channels `[B, channels, H, W]`."""
+        return super().predict(x) if self.size is None else self.raw.expand(x.shape[0], -1, -1, -1)
+
+    def _slices(self, x: Tensor) -> Iterator[Slice]:
+        metric, omega = self._randers(self.predict(x))
+        return metric_slices(
+            metric,
+            omega,
+            self.directions,
+            self.points,
+            eps_omega=self.eps_omega,
+            eps=self._eps,
+            samples=self.samples,
+        )
+
+
+class ImageMetricFilter2d(nn.Module):
+    """A metric filter without parameters: its metric is `geometry.image_metric` of the image, its kernel uniform.
+
+    Args:
+        kernel_size: k.
+        pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
+        centre: One more sample, in the centre.
+        samples: Bound on the samples in memory at once.
+        **metric: Arguments of `geometry.image_metric`: anisotropy, scale, drift (τ < 1), along.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int,
+        *,
+        pattern: str = "polar",
+        centre: bool = False,
+        samples: int = SLICE_SAMPLES,
+        **metric,
+    ):
+        super().__init__()
+        directions, radii = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size, (1, 1))
+        self.centre, self.samples, self.metric = centre, samples, metric
+        self.register_buffer("directions", directions.float(), persistent=False)
+        self.register_buffer("points", (radii[:, :, None] * directions).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` → `[B, C, H, W]`; of several channels the metric reads the mean."""
+        metric, omega = image_metric(x.mean(1, keepdim=True), **self.metric)
+        directions, points = self.directions.to(omega), self.points.to(omega)
+        # the drift reaches its bound τ at the strongest edge
+        margin = 1 - self.metric.get("drift", 0.0)
+        slices = metric_slices(metric, omega, directions, points, eps_omega=margin, samples=self.samples)
+        taps = points.shape[0] * points.shape[1]
+        out = sliced_conv2d(x, x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre)), slices)
+        return out + x / (taps + 1) if self.centre else out
+
+
+class DeformFilter2d(_Filter, DeformConv2d):
+    """A deformable convolution as an image filter.
+
+    The free offsets are one parameter for each slice of the kernel, `[1, n, 2, H, W]` as (x, y): a training step that
+    applies a gradient as soon as it is there (`Tensor.register_post_accumulate_grad_hook`) never holds all of it.
+
+    Args:
+        channels: Each is filtered by itself, at the same places.
+        kernel_size: k, odd.
+        size: (height, width) for offsets that are free parameters at every pixel of images of this size (`offsets`); by
+            default a convolution predicts them, as `DeformConv2d` does, and slice by slice as well.
+        centre: One more sample, in the centre.
+        samples: Bound on the samples in memory at once.
+        fixed_kernel: Uniform and without gradient (FKW), or learnable from uniform on (LKW).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        size: Optional[Sequence[int]] = None,
+        centre: bool = False,
+        samples: int = SLICE_SAMPLES,
+        fixed_kernel: bool = True,
+    ):
+        self._free = size is not None
+        super().__init__(
+            channels, channels, kernel_size, groups=channels, bias=False, fixed_kernel=fixed_kernel, init="paper"
+        )
+        self._setup(size, centre, samples)
+        if size is not None:
+            step = max(1, samples // (size[0] * size[1]))
+            counts = [part.stop - part.start for part in _ranges(self.points.shape[1], step)]
+            self.offsets = nn.ParameterList(torch.zeros(1, count, 2, *size) for count in counts)
+
+    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Module]:
+        return None if self._free else super()._make_predictor(channels, dd)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """All offsets at once in torchvision's order, `[B, 2K, H, W]`: for looking at a few pixels' samples."""
+        if self.size is None:
+            return super().predict(x)
+        return torch.cat(list(self.offsets), 1).flip(2).flatten(1, 2).expand(x.shape[0], -1, -1, -1)
+
+    def _slices(self, x: Tensor) -> Iterator[Slice]:
+        points = self.points[0]
+        step = self.offsets[0].shape[1] if self.size else max(1, self.samples // (x.numel() // x.shape[1]))
+        for number, part in enumerate(_ranges(len(points), step)):
+            taps = torch.arange(part.start, part.stop, device=points.device)
+            if self.size is not None:
+
+                def place(offsets: Tensor, part=part) -> Tensor:
+                    return (offsets + points[part, :, None, None]).expand(x.shape[0], -1, -1, -1, -1)
+
+                yield taps, place, (self.offsets[number],)
+            else:
+
+                def predict(x: Tensor, weight: Tensor, bias: Tensor, part=part) -> Tensor:
+                    offsets = F.conv2d(x, weight, bias, padding=self.padding).unflatten(1, (-1, 2)).flip(2)
+                    return offsets + points[part, :, None, None]
+
+                rows = slice(2 * part.start, 2 * part.stop)
+                yield taps, predict, (x, self.predictor.weight[rows], self.predictor.bias[rows])

@@ -1,0 +1,187 @@
+"""Export of a network: ONNX, `torch.export` or an AOTInductor package, compared with the network before it is kept."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from .config import ConfigError, option
+
+# torch's exporter writes nothing older; its conversion to older op sets fails on these networks and keeps 18.
+MIN_OPSET = 18
+SUFFIX = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
+
+
+@dataclass
+class ExportConfig:
+    """An export."""
+
+    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir: (these load their weights)")
+    model_args: Dict[str, Any] = option({}, "arguments of the model: num_classes, stem, conv_cfg, ...")
+    pretrained: bool = option(False, "load the weights that timm has for this name")
+    checkpoint: Optional[str] = option(None, "load this .safetensors file")
+    format: Literal["onnx", "export", "aoti"] = option("onnx", "onnx, export (torch.export) or aoti (AOTInductor)")
+    output: Optional[str] = option(None, "file to write; by default <model>.onnx or <model>.pt2")
+    image_size: Optional[int] = option(None, "height and width of the example; by default the model's own")
+    dynamic: bool = option(True, "batch and image size may change afterwards")
+    half: bool = option(False, "float16 weights and images; positions stay float32")
+    opset: int = option(20, "ONNX operator set, 18 or later")
+    tolerance: float = option(1e-4, "largest difference from the network, relative to its largest output")
+
+    @property
+    def path(self) -> Path:
+        """Where the export goes."""
+        return Path(self.output or self.model.rstrip("/").split(":")[-1].split("/")[-1] + SUFFIX[self.format])
+
+
+def load_network(config: ExportConfig) -> nn.Module:
+    """The network in evaluation mode, its weights loaded strictly.
+
+    Raises:
+        ConfigError: The model is unknown, refuses its arguments, or the checkpoint is missing or does not fit.
+    """
+    weights: Dict[str, Any] = {"pretrained": config.pretrained or ":" in config.model}
+    if config.checkpoint:
+        if not Path(config.checkpoint).is_file():
+            raise ConfigError(f"checkpoint: there is no file {config.checkpoint!r}.")
+        overlay = {"file": config.checkpoint, **{k: v for k, v in config.model_args.items() if k == "num_classes"}}
+        weights = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        model = timm.create_model(config.model, **weights, **config.model_args).eval()
+    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
+        raise ConfigError(f"model: {config.model} with {config.model_args} cannot be made: {error}") from error
+    return model.half() if config.half else model
+
+
+def _images(model: nn.Module, config: ExportConfig) -> List[Tensor]:
+    """The example, and what the result is tried on as well: another batch and, where it may change, another size."""
+    cfg = model.pretrained_cfg
+    channels, height, width = cfg["input_size"]
+    channels = config.model_args.get("in_chans", channels)
+    if config.image_size:
+        height = width = config.image_size
+    if config.dynamic:
+        # equal lengths would be taken for one length
+        sizes = [(2, height, width + 32), (1, height, width), (3, height + 9, width + 16)]
+    else:
+        sizes = [(1, height, width)]
+    dtype = torch.half if config.half else torch.float32
+    return [torch.randn(batch, channels, *size, dtype=dtype) for batch, *size in sizes]
+
+
+def _dynamic_shapes(dynamic: bool) -> Optional[Tuple[Dict[int, Any]]]:
+    return ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},) if dynamic else None
+
+
+def _to_onnx(model: nn.Module, example: Tensor, path: Path, config: ExportConfig) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise ConfigError(f'format: "onnx" needs {error.name}: pip install "timm_metricconv[export]".') from None
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        opset_version=config.opset,
+        input_names=["image"],
+        output_names=["output"],
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},) if config.dynamic else None,
+    )
+    written = program.model.opset_imports[""]
+    if written != config.opset:
+        raise ConfigError(f"opset={config.opset}: only {written} could be written; give --opset {written}.")
+    program.save(str(path))
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class for every status
+        version = onnxruntime.__version__
+        raise ConfigError(f"opset={config.opset}: onnxruntime {version} cannot read it: {error}") from error
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+def _to_export(model: nn.Module, example: Tensor, path: Path, config: ExportConfig) -> Callable[[Tensor], Tensor]:
+    program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_shapes(config.dynamic))
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _to_aoti(model: nn.Module, example: Tensor, path: Path, config: ExportConfig) -> Callable[[Tensor], Tensor]:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(f'format: "aoti" needs a C++ compiler, there is no {compiler!r}; install one or set CXX.')
+    program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_shapes(config.dynamic))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path))
+
+
+_EXPORTERS = {"onnx": _to_onnx, "export": _to_export, "aoti": _to_aoti}
+
+
+def _compare(run: Callable[[Tensor], Tensor], model: nn.Module, images: List[Tensor], config: ExportConfig) -> float:
+    """The largest relative difference over `images`.
+
+    Raises:
+        ConfigError: It is above the tolerance, or the exported program fails.
+    """
+    # float16 has eleven bits
+    tolerance, worst = max(config.tolerance, 1e-2 if config.half else 0.0), 0.0
+    hint = "" if not config.dynamic else " --dynamic false exports for one batch and size."
+    for image in images:
+        expected = model(image).float()
+        try:
+            result = run(image)
+        except Exception as error:  # every runtime has its own
+            raise ConfigError(f"format={config.format}: it fails on {list(image.shape)}: {error}.{hint}") from error
+        difference = float((result.float() - expected).abs().max() / expected.abs().max().clamp(min=1))
+        if not difference <= tolerance:  # NaN as well
+            raise ConfigError(
+                f"format={config.format}: on {list(image.shape)} it differs from the network by {difference:.1e}, "
+                f"more than {tolerance:.0e}; nothing was written.{hint}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    if path.suffix != suffix:
+        raise ConfigError(f"output: expected a name that ends in {suffix}, got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
+
+
+@torch.no_grad()
+def export(config: ExportConfig) -> Path:
+    """Exports a network, runs the result, and only then moves it to its place.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: The configuration cannot be used, or the exported program does not compute what the network does.
+    """
+    if config.format == "onnx" and config.opset < MIN_OPSET:
+        raise ConfigError(
+            f"opset={config.opset}: torch's exporter cannot write these networks for less than {MIN_OPSET}; "
+            f"give --opset {MIN_OPSET} or later."
+        )
+    path = config.path
+    temporary = _temporary(path, SUFFIX[config.format])
+    model = load_network(config)
+    images = _images(model, config)
+    try:
+        run = _EXPORTERS[config.format](model, images[0], temporary, config)
+        difference = _compare(run, model, images, config)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tried = ", ".join("×".join(map(str, image.shape)) for image in images)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, equal to the network within {difference:.1e} on {tried}")
+    return path

@@ -1,0 +1,586 @@
+"""Pictures of what a convolution sees: unit balls and samples over an image, fields, maps, Grad-CAM side by side.
+
+Everything is drawn in pixels of the image, x to the right and y down. Needs the extra `demo`: matplotlib, and grad-cam
+for `plot_grad_cam`. The functions return matplotlib figures and know no global state, so they work without a display.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .geometry import (
+    Metric,
+    anisotropy,
+    asymmetry,
+    fit_randers,
+    image_metric,
+    star_hull,
+    unit_ball,
+    zermelo_ellipse,
+)
+from .layers import BallConv2d, MetricConv2d
+from .recipes.config import ConfigError, option
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+ORANGE, SKY, VERMILION = "#E69F00", "#56B4E9", "#D55E00"
+PALETTE = 128
+TURN = torch.linspace(0, 2 * torch.pi, 73)
+Pair = Tuple[float, float]
+
+
+def _need(module: str, package: str) -> Any:
+    """An optional dependency, or an error that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{package} is needed for pictures ({error}): pip install "timm_metricconv[demo]"') from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    return _need("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
+
+
+# ---------------------------------------------------------------- layers inside networks
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer at work: its input, and where the pixels of that input lie in the image.
+
+    Attributes:
+        name: Of the layer in its network.
+        layer: Any convolution of the family.
+        input: What it got, `[1, C, H, W]`.
+        step: Image pixels in one pixel of the input, (x, y).
+        origin: Where the input's pixel (0, 0) lies in the image, (x, y).
+    """
+
+    name: str
+    layer: BallConv2d
+    input: Tensor
+    step: Pair
+    origin: Pair
+
+    @torch.no_grad()
+    def positions(self) -> Tensor:
+        """`[1, K, 2, H_out, W_out]` in pixels of the layer's input."""
+        return self.layer.positions(self.input)
+
+    @property
+    def radii(self) -> Tensor:
+        """Radius of each pattern point, `[K]`."""
+        return self.layer.points.norm(dim=-1).flatten()
+
+    def centres(self) -> Tuple[Tensor, Tensor]:
+        """The centres of the output's columns and rows in the image: x `[W_out]`, y `[H_out]`."""
+        height, width = self.layer.out_size(self.input)
+        layer, result = self.layer, []
+        for axis, count in ((1, width), (0, height)):
+            first = layer.dilation[axis] * (layer.kernel_size[axis] - 1) / 2 - layer.padding[axis]
+            where = torch.arange(count) * layer.stride[axis] + first
+            result.append(self.origin[1 - axis] + self.step[1 - axis] * where)
+        return result[0], result[1]
+
+
+def _window(module: nn.Module) -> List[Tuple[int, int]]:
+    """(kernel size, stride, padding, dilation) of a convolution or pooling, each (vertical, horizontal)."""
+    values = (module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1))
+    return [(0, 0) if isinstance(value, str) else tuple(_pair(value)) for value in values]
+
+
+@torch.no_grad()
+def capture(model: nn.Module, layer: str, x: Tensor) -> LayerView:
+    """Runs a network once and keeps the input of one layer.
+
+    Where that input's pixels lie in the image follows from the convolutions and poolings that changed the resolution on
+    the way; a resolution that something else made is taken to cover the image evenly.
+
+    Args:
+        model: A network; it runs in evaluation mode and keeps its own afterwards.
+        layer: Name of a metric, deformable, ... layer in `model.named_modules()`.
+        x: Image as the network takes it, `[1, C, H, W]`.
+
+    Raises:
+        ValueError: There is no such layer (those that exist are named), or the network does not run it.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BallConv2d)}
+    if layer not in layers:
+        raise ValueError(f"layer={layer!r}: expected one of {', '.join(layers) or '(the network has no such layer)'}.")
+    size = tuple(x.shape[2:])
+    # A resolution of the network → (step, origin) of its pixels in the image, each (vertical, horizontal)
+    grids: Dict[Tuple[int, ...], Tuple[Pair, Pair]] = {size: ((1.0, 1.0), (0.0, 0.0))}
+    inputs: List[Tensor] = []
+
+    def trace(module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.dim() == 4):
+            return
+        before, after = tuple(args[0].shape[2:]), tuple(output.shape[2:])
+        if before in grids and after not in grids:
+            step, origin = grids[before]
+            kernel, stride, padding, dilation = _window(module)
+            first = [dilation[i] * (kernel[i] - 1) / 2 - padding[i] for i in (0, 1)]
+            grids[after] = (
+                (step[0] * stride[0], step[1] * stride[1]),
+                (origin[0] + step[0] * first[0], origin[1] + step[1] * first[1]),
+            )
+
+    hooks = [layers[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))]
+    hooks += [
+        module.register_forward_hook(trace)
+        for module in model.modules()
+        if all(hasattr(module, name) for name in ("kernel_size", "stride", "padding"))
+    ]
+    training = model.training
+    try:
+        model.eval()(x)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not inputs:
+        raise ValueError(f"layer={layer!r}: the network did not run it.")
+    here = tuple(inputs[0].shape[2:])
+    even = (size[0] / here[0], size[1] / here[1])
+    step, origin = grids.get(here, (even, ((even[0] - 1) / 2, (even[1] - 1) / 2)))
+    return LayerView(layer, layers[layer], inputs[0], (step[1], step[0]), (origin[1], origin[0]))
+
+
+# ---------------------------------------------------------------- fields of metrics
+
+
+@dataclass(frozen=True)
+class BallField:
+    """A metric at every pixel of a grid that lies in an image.
+
+    Attributes:
+        metric: Components `[H, W]`.
+        omega: Drift `[H, W, 2]`.
+        x: Centres of the columns in the image, `[W]`.
+        y: Centres of the rows, `[H]`.
+        step: Image pixels in one unit of the metric, (x, y).
+        residual: Misfit of an implicit metric `[H, W]`; None where the metric is explicit.
+    """
+
+    metric: Metric
+    omega: Tensor
+    x: Tensor
+    y: Tensor
+    step: Pair = (1.0, 1.0)
+    residual: Optional[Tensor] = None
+
+    def outlines(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The unit balls of some pixels as polygons in the image, `[N, 73, 2]`."""
+        metric = tuple(component[rows, columns] for component in self.metric)
+        radius = unit_ball(metric, self.omega[rows, columns], TURN)
+        centre = torch.stack((self.x[columns], self.y[rows]), -1)
+        circle = torch.stack((TURN.cos(), TURN.sin()), -1)
+        return centre[:, None] + radius[..., None] * circle * torch.tensor(self.step)
+
+
+@torch.no_grad()
+def layer_field(view: LayerView) -> BallField:
+    """The metric of a layer: its own where it has one, else the one that fits its positions best."""
+    x, y = view.centres()
+    if isinstance(view.layer, MetricConv2d):
+        m, omega = view.layer.metric(view.input)
+        a, b, d = m[0, 0, 0], m[0, 0, 1], m[0, 1, 1]
+        metric = tuple(c.float().cpu() for c in (a, b, d, (a.double() * d - b.double().square()).sqrt()))
+        return BallField(metric, omega[0].permute(1, 2, 0).float().cpu(), x, y, view.step)
+    fit = fit_randers(view.positions(), view.radii)
+    metric = tuple(component[0].float().cpu() for component in fit.metric)
+    return BallField(metric, fit.omega[0].float().cpu(), x, y, view.step, fit.residual[0].float().cpu())
+
+
+def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> BallField:
+    """The metric that `geometry.image_metric` builds from an image, without a network.
+
+    Args:
+        image: `[H, W]` or `[H, W, 3]`.
+        smoothing: Standard deviation of the Gaussian, in pixels, that the image passes before its derivative is taken.
+        **metric: Arguments of `geometry.image_metric`.
+    """
+    grey = torch.as_tensor(_grey(image))[None, None].float()
+    if smoothing > 0:
+        reach = int(4 * smoothing) + 1
+        kernel = torch.exp(-(torch.arange(-reach, reach + 1) / smoothing).square() / 2)
+        kernel = kernel / kernel.sum()
+        grey = F.conv2d(F.pad(grey, (reach, reach, 0, 0), mode="replicate"), kernel[None, None, None])
+        grey = F.conv2d(F.pad(grey, (0, 0, reach, reach), mode="replicate"), kernel[None, None, :, None])
+    components, omega = image_metric(grey, **metric)
+    height, width = grey.shape[2:]
+    a, b, d, s = (component[0] for component in components)
+    return BallField((a, b, d, s), omega[0], torch.arange(width).float(), torch.arange(height).float())
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Luma in [0, 1] of uint8 or of numbers in [0, 1]."""
+    scaled = image / 255.0 if image.dtype.kind in "iu" else image
+    return scaled if scaled.ndim == 2 else scaled[..., :3] @ [0.299, 0.587, 0.114]
+
+
+def _show(ax: Axes, image: np.ndarray, faded: float = 0.0) -> None:
+    """The image in grey, lightened by `faded`, so that colours are free to mean something."""
+    ax.imshow(_grey(image) * (1 - faded) + faded, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
+
+
+def _upper(values: Tensor, least: float) -> float:
+    """End of a colour scale: the 99th percentile, so that a few outliers do not hide the rest."""
+    return max(float(values.double().quantile(0.99)), least)
+
+
+def plot_field(
+    field: BallField, image: np.ndarray, spacing: float = 24.0, ax: Optional[Axes] = None, title: str = ""
+) -> Axes:
+    """The balls and the drift of a field, on a regular grid over an image.
+
+    Each ball is drawn in true size, coloured by its anisotropy. A line leads from the pixel (dot) to the middle of its
+    ball: where there is no drift it has no length.
+
+    Args:
+        field: From `layer_field` or `image_field`.
+        image: `[H, W]` or `[H, W, 3]`.
+        spacing: Least distance between two balls, in pixels of the image.
+        ax: Where to draw; by default a new figure (`ax.figure`).
+        title: Above the picture.
+    """
+    collections, colours = _need("matplotlib.collections", "matplotlib"), _need("matplotlib.colors", "matplotlib")
+    if ax is None:
+        width = 7.0
+        ax = _figure(width + 0.9, width * image.shape[0] / image.shape[1] + 0.5).subplots()
+    _show(ax, image, faded=0.45)
+    height, width = field.omega.shape[:2]
+    every = [
+        max(1, round(spacing / float(axis[1] - axis[0]))) if len(axis) > 1 else 1 for axis in (field.y, field.x)
+    ]
+    starts = [(count - 1) % step // 2 for count, step in zip((height, width), every, strict=True)]
+    rows, columns = torch.meshgrid(
+        torch.arange(starts[0], height, every[0]), torch.arange(starts[1], width, every[1]), indexing="ij"
+    )
+    rows, columns = rows.flatten(), columns.flatten()
+    metric = tuple(component[rows, columns] for component in field.metric)
+    ratio = anisotropy(metric)
+    scale = colours.Normalize(1, _upper(ratio, 1.5))
+    balls = collections.PolyCollection(field.outlines(rows, columns).numpy(), closed=True, linewidths=1.2)
+    palette = importlib.import_module("matplotlib").colormaps["viridis"]
+    tints = palette(scale(ratio.numpy()))
+    balls.set_edgecolor(tints)
+    balls.set_facecolor([(*tint[:3], 0.35) for tint in tints])
+    ax.add_collection(balls)
+
+    pixel = torch.stack((field.x[columns], field.y[rows]), -1)
+    lean = zermelo_ellipse(metric, field.omega[rows, columns])[1] * torch.tensor(field.step)
+    lines = torch.stack((pixel, pixel + lean), 1).numpy()
+    ax.add_collection(collections.LineCollection(lines, colors="black", linewidths=1.3))
+    ax.plot(*pixel.T.numpy(), linestyle="", marker="o", markersize=1.5, color="black")
+    bar = ax.figure.colorbar(
+        importlib.import_module("matplotlib.cm").ScalarMappable(scale, palette), ax=ax, shrink=0.7, pad=0.02
+    )
+    bar.set_label("anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$")
+    ax.set_title(title, fontsize=10)
+    return ax
+
+
+def _draw_ball(ax: Axes, view: LayerView, positions: Tensor, row: int, column: int) -> None:
+    """Hull, fitted ball and samples of one output pixel."""
+    xs, ys = view.centres()
+    centre, step = torch.stack((xs[column], ys[row])), torch.tensor(view.step)
+    here = positions[:1, :, :, row : row + 1, column : column + 1].float().cpu()
+    circle = torch.stack((TURN.cos(), TURN.sin()), -1)
+    radii = view.radii.float().cpu()
+    hull = centre + star_hull(here, radii, TURN)[0, 0, 0, :, None] * circle * step
+    fit = fit_randers(here, radii)
+    ball = centre + unit_ball(fit.metric, fit.omega, TURN)[0, 0, 0, :, None] * circle * step
+    samples = centre + here[0, :, :, 0, 0] * step
+    outer = ball + (radii.max() - 1) * (ball - centre)
+    ax.fill(*hull.T.numpy(), facecolor=ORANGE, edgecolor=ORANGE, alpha=0.45, label="unit ball: hull of the samples")
+    ax.plot(*ball.T.numpy(), color=VERMILION, linewidth=2.2, label="unit ball: nearest Randers metric")
+    if radii.max() > 1:
+        ax.plot(*outer.T.numpy(), color=VERMILION, linewidth=1.3, linestyle="--")
+    edge = {"markeredgecolor": "black", "markeredgewidth": 0.8}
+    ax.plot(*samples.T.numpy(), "o", color=SKY, markersize=6.5, label="samples", **edge)
+    ax.plot(*centre.numpy(), "+", color="black", markersize=8, markeredgewidth=1.8, label="pixel")
+    a, w = float(anisotropy(fit.metric)), float(asymmetry(fit.metric, fit.omega))
+    ax.set_title(f"anisotropy {a:.2f}, asymmetry {w:.2f}\nresidual {float(fit.residual):.3f}", fontsize=9)
+
+
+def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[float]], title: str = "") -> Figure:
+    """Where some pixels read: the samples, their star-shaped hull as a unit ball, and the Randers ball nearest to it.
+
+    Args:
+        view: From `capture`.
+        image: The picture that the network saw, `[H, W]` or `[H, W, 3]`.
+        points: (x, y) in pixels of the image; the output pixel nearest to each is shown.
+        title: Above the picture.
+
+    Returns:
+        The whole image, and a close-up of each point. The dashed line is the ball of the outermost samples' radius.
+    """
+    positions, (xs, ys) = view.positions(), view.centres()
+    pixels = [(int((ys - y).abs().argmin()), int((xs - x).abs().argmin())) for x, y in points]
+    aspect = image.shape[1] / image.shape[0]
+    figure = _figure(3.4 * aspect + 2.9 * len(pixels), 3.9)
+    axes = figure.subplots(1, 1 + len(pixels), width_ratios=[aspect * 1.15, *[1.0] * len(pixels)])
+    axes = [axes] if not pixels else list(axes)
+    _show(axes[0], image)
+    reach = max((float(positions[0, :, :, r, c].abs().max()) for r, c in pixels), default=1.0)
+    half = 1.25 * max(reach, float(view.radii.max())) * max(view.step)
+    for number, (ax, (row, column)) in enumerate(zip(axes[1:], pixels, strict=True), 1):
+        x, y = float(xs[column]), float(ys[row])
+        axes[0].add_patch(
+            _need("matplotlib.patches", "matplotlib").Rectangle(
+                (x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=ORANGE, linewidth=1.8
+            )
+        )
+        axes[0].text(x + half, y - half, f" {number}", color="black", backgroundcolor=ORANGE, fontsize=8, va="bottom")
+        _show(ax, image, faded=0.25)
+        _draw_ball(ax, view, positions, row, column)
+        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xlabel=f"{number}: x = {x:.0f}, y = {y:.0f}")
+    axes[0].set_title(title or f"{view.name}: {type(view.layer).__name__}", fontsize=10)
+    if pixels:
+        handles, labels = axes[1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def plot_maps(field: BallField, image: np.ndarray, title: str = "") -> Figure:
+    """Anisotropy and asymmetry over an image, and the residual where the metric is an implicit one.
+
+    Args:
+        field: From `layer_field` or `image_field`.
+        image: `[H, W]` or `[H, W, 3]`.
+        title: Above the first picture.
+    """
+    ratio, drift = anisotropy(field.metric), asymmetry(field.metric, field.omega)
+    maps = [
+        ("anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$", ratio, 1.0, _upper(ratio, 1.5), "viridis"),
+        ("asymmetry  $\\|\\omega\\|_{M^{-1}}$", drift, 0.0, _upper(drift, 0.1), "magma"),
+    ]
+    if field.residual is not None:
+        maps.append(("residual of the fit", field.residual, 0.0, _upper(field.residual, 0.1), "cividis"))
+    aspect = image.shape[1] / image.shape[0]
+    figure = _figure(3.0 * aspect * (1 + len(maps)) + 0.8 * len(maps), 3.4)
+    axes = figure.subplots(1, 1 + len(maps))
+    _show(axes[0], image)
+    axes[0].set_title(title, fontsize=10)
+    half = [float(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (field.x, field.y)]
+    extent = [field.x[0] - half[0], field.x[-1] + half[0], field.y[-1] + half[1], field.y[0] - half[1]]
+    for ax, (name, values, low, high, palette) in zip(axes[1:], maps, strict=True):
+        _show(ax, image)
+        shown = ax.imshow(values.numpy(), cmap=palette, vmin=low, vmax=high, extent=[float(e) for e in extent])
+        ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+        ax.set_title(name, fontsize=10)
+        figure.colorbar(shown, ax=ax, shrink=0.8, pad=0.02, extend="max" if float(values.max()) > high else "neither")
+    return figure
+
+
+def plot_grad_cam(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    image: np.ndarray,
+    target: Optional[int] = None,
+    layers: Optional[Mapping[str, str]] = None,
+) -> Figure:
+    """Grad-CAM (Selvaraju et al., ICCV 2017) of several networks side by side.
+
+    Args:
+        models: Label → network.
+        inputs: Label → the image as that network takes it, `[1, C, H, W]`.
+        image: The image as it is shown.
+        target: Class to explain; by default each network's own first choice.
+        layers: Label → name of the module whose output is explained; by default the last of timm's `feature_info`.
+
+    Raises:
+        ValueError: A network has no `feature_info` and no layer is named.
+    """
+    grad_cam, targets = _need("pytorch_grad_cam", "grad-cam"), _need("pytorch_grad_cam.utils.model_targets", "grad-cam")
+    aspect = image.shape[1] / image.shape[0]
+    figure = _figure(2.9 * aspect * (1 + len(models)), 3.3)
+    axes = figure.subplots(1, 1 + len(models))
+    _show(axes[0], image)
+    axes[0].set_title("image", fontsize=10)
+    for ax, (label, model) in zip(axes[1:], models.items(), strict=True):
+        known = [info["module"] for info in getattr(model, "feature_info", [])]
+        name = (layers or {}).get(label, known[-1] if known else "")
+        if not name:
+            raise ValueError(f"{label}: the network does not name its feature maps; name one in `layers`.")
+        with torch.no_grad():
+            odds = model.eval()(inputs[label]).softmax(-1)[0]
+        chosen = int(odds.argmax()) if target is None else target
+        with grad_cam.GradCAM(model=model, target_layers=[model.get_submodule(name)]) as cam:
+            heat = cam(input_tensor=inputs[label], targets=[targets.ClassifierOutputTarget(chosen)])[0]
+        _show(ax, image)
+        ax.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+        ax.set_title(f"{label}\nclass {chosen}: {100 * float(odds[chosen]):.0f}%", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+@dataclass
+class VisualiseConfig:
+    """Pictures of one image and, where a model is named, of its layers."""
+
+    name: str = option("visualise", "name of the run")
+    output: Optional[str] = option(None, "folder of the pictures; by default runs/<name>")
+    image: str = option("coffee", "a file, or pictures of scikit-image side by side: astronaut, brick+grass+gravel, ...")
+    size: int = option(384, "shorter side of the image in pixels; 0 keeps its own")
+    metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
+    smoothing: float = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
+    spacing: float = option(24.0, "distance between two balls in pixels of the image")
+    points: List[List[float]] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
+    model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
+    model_args: Dict[str, Any] = option({}, "arguments of the model")
+    pretrained: bool = option(False, "load the model's weights")
+    layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
+    cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
+    dpi: float = option(110.0, "resolution of the pictures")
+    cam_class: Optional[int] = option(None, "class that Grad-CAM explains; by default each network's first choice")
+
+    @property
+    def folder(self) -> Path:
+        """Where the pictures go."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+def load_image(name: str, size: int = 0) -> np.ndarray:
+    """A picture as `[H, W, 3]` uint8.
+
+    Args:
+        name: A file, or names of scikit-image's pictures, joined by "+" to stand side by side.
+        size: Its shorter side; 0 keeps its own.
+
+    Raises:
+        ConfigError: There is neither such a file nor such a picture.
+    """
+    numpy, pillow = _need("numpy", "numpy"), _need("PIL.Image", "pillow")
+    if Path(name).is_file():
+        picture = pillow.open(name).convert("RGB")
+    else:
+        library, parts = _need("skimage.data", "scikit-image"), []
+        for part in name.split("+"):
+            try:
+                parts.append(numpy.asarray(pillow.fromarray(getattr(library, part)()).convert("RGB")))
+            except Exception as error:  # no such name, not a picture, or one that has to be downloaded first
+                raise ConfigError(f"image: {part!r} is no file and no picture of scikit-image ({error}).") from None
+        if len({part.shape[0] for part in parts}) > 1:
+            raise ConfigError(f"image: {name!r}: pictures side by side need the same height.")
+        picture = pillow.fromarray(numpy.concatenate(parts, 1))
+    if size:
+        factor = size / min(picture.size)
+        picture = picture.resize([round(side * factor) for side in picture.size], pillow.Resampling.LANCZOS)
+    return numpy.asarray(picture)
+
+
+def strong_edges(image: np.ndarray, count: int = 3, smoothing: float = 2.0) -> List[List[float]]:
+    """(x, y) of the image's strongest edges, a fifth of its shorter side apart from each other and from the border."""
+    ratio = anisotropy(image_field(image, smoothing).metric).clone()
+    height, width = ratio.shape
+    apart, points = min(height, width) // 5, []
+    margin = apart // 2
+    inner = torch.zeros_like(ratio)
+    inner[margin : height - margin, margin : width - margin] = ratio[margin : height - margin, margin : width - margin]
+    for _ in range(count):
+        y, x = divmod(int(inner.argmax()), width)
+        points.append([float(x), float(y)])
+        inner[max(0, y - apart) : y + apart + 1, max(0, x - apart) : x + apart + 1] = 0
+    return points
+
+
+def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
+    from .recipes.train import TrainConfig, build_model
+
+    # a folder of weights without its weights would be no use
+    pretrained = config.pretrained or name.startswith("local-dir:")
+    return build_model(TrainConfig(model=name, model_args=arguments, pretrained=pretrained)).eval()
+
+
+def _as_input(model: nn.Module, image: np.ndarray) -> Tensor:
+    """The picture as a timm model takes it, `[1, C, H, W]`."""
+    cfg = model.pretrained_cfg
+    channels = cfg["input_size"][0]
+    x = torch.as_tensor(image.copy()).permute(2, 0, 1)[None].float() / 255
+    x = x if channels == 3 else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    return (x - mean) / std
+
+
+def _save(figure: Figure, path: Path, dpi: float) -> None:
+    """As PNG with a palette: a third of the size, and no difference to the eye."""
+    from .recipes.report import write_atomic
+
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
+    picture = _need("PIL.Image", "pillow").open(drawn).convert("RGB").quantize(PALETTE, dither=0)
+    picture.save(packed, format="png", optimize=True)
+    write_atomic(path, packed.getvalue())
+
+
+def visualise(config: VisualiseConfig) -> List[Path]:
+    """Makes the pictures that a configuration asks for.
+
+    `unit_balls.png` (balls of a metric built from the image gradient), and for each layer of the model
+    `<layer>-samples.png`, `<layer>-balls.png` and `<layer>-maps.png`; `grad_cam.png` where networks are named for it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: The image, the model or a layer cannot be had; the message says what to do.
+    """
+    _need("matplotlib", "matplotlib")
+    image, written = load_image(config.image, config.size), []
+
+    def save(figure: Figure, name: str) -> None:
+        written.append(config.folder / f"{name}.png")
+        _save(figure, written[-1], config.dpi)
+        print(written[-1])
+
+    try:
+        field = image_field(image, config.smoothing, **config.metric)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metric: {error}") from None
+    title = "balls of a metric built from the image gradient (no training)"
+    save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
+
+    if config.model:
+        model = _network(config.model, config, config.model_args)
+        names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
+        points = config.points or strong_edges(image)
+        for name in config.layers or names[:1] or [""]:
+            try:
+                view = capture(model, name, _as_input(model, image))
+            except ValueError as error:
+                raise ConfigError(f"layers: {config.model}: {error}") from None
+            field, kind = layer_field(view), type(view.layer).__name__
+            lattice = view.layer.points.flatten(0, 1)[None, :, :, None, None]
+            if (view.positions() - lattice).abs().max() < 1e-3:
+                print(f"{name} samples the plain pattern everywhere: it is untrained, so its balls are disks.")
+            save(plot_samples(view, image, points), f"{name}-samples")
+            whose = "its metric" if field.residual is None else "the metric that fits its samples best"
+            save(plot_field(field, image, config.spacing, title=f"{name}, {kind}: {whose}").figure, f"{name}-balls")
+            save(plot_maps(field, image, title=f"{name}, {kind}"), f"{name}-maps")
+
+    if config.cam:
+        models = {label: _network(name, config, {}) for label, name in config.cam.items()}
+        inputs = {label: _as_input(model, image) for label, model in models.items()}
+        save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
+    return written
