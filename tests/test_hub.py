@@ -27,7 +27,9 @@ def run_folder(tmp_path_factory):
     """What scripts/train.py leaves."""
     folder = tmp_path_factory.mktemp("run")
     conv_cfg = {"parametrization": "spectral", "drift": "sigmoid_norm", "eps_omega": 0.9}
-    model = timm.create_model("test_resnet_metric", num_classes=5, stem="cifar", conv_cfg=conv_cfg)
+    model = timm.create_model(
+        "test_resnet_metric", num_classes=5, stem="cifar", zero_init_last=False, conv_cfg=conv_cfg
+    )
     for layer in model.modules():
         if isinstance(layer, MetricConv2d):
             torch.nn.init.normal_(layer.predictor.weight, std=0.02)

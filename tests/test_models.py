@@ -26,7 +26,7 @@ FAMILIES = ("metric", "deform", "shifted")
 SIZES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "test_resnet")
 NAMES = [f"{size}_{family}" for size in SIZES for family in FAMILIES]
 TINY = [f"test_resnet_{family}" for family in FAMILIES]
-SMALL = TINY + [f"resnet18_{family}" for family in FAMILIES]
+SMALL = [*TINY, "resnet18_metric"]
 families = pytest.mark.parametrize("family", FAMILIES)
 tiny = pytest.mark.parametrize("name", TINY)
 small = pytest.mark.parametrize("name", SMALL)
@@ -145,7 +145,7 @@ def test_parameters_are_the_standard_networks_and_predictors(name):
 # --- timm's generic tests --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SMALL + ["resnet50_metric"])
+@pytest.mark.parametrize("name", [*SMALL, "resnet18_shifted", "resnet50_deform"])
 def test_forward(name):
     model = create(name).eval()
     x = torch.randn(1, 3, 64, 96)
@@ -154,7 +154,7 @@ def test_forward(name):
     assert torch.equal(model.forward_head(model.forward_features(x)), out)
 
 
-@pytest.mark.parametrize("name", SMALL + ["resnet50_metric"])
+@small
 def test_backward_reaches_every_parameter(name):
     model = create(name, bent=False, num_classes=42, zero_init_last=False).train()
     out = model(torch.randn(2, 3, 64, 64))
@@ -207,9 +207,8 @@ def test_features(name, arguments, reductions):
         assert model.feature_info.reduction() == reductions
         assert model.feature_info.channels() == [f.shape[1] for f in features]
         assert [f.shape[-2:] for f in features] == [(64 // r, 96 // r) for r in reductions]
-        for indices in ((1, 3), (-1,)):
-            chosen = timm.create_model(name, features_only=True, out_indices=indices, **arguments).eval()
-            assert chosen.feature_info.reduction() == [reductions[i] for i in indices]
+        chosen = timm.create_model(name, features_only=True, out_indices=(1, -1), **arguments)
+        assert chosen.feature_info.reduction() == [reductions[1], reductions[-1]]
         whole = timm.create_model(name, **arguments).eval()
         whole.load_state_dict(model.state_dict(), strict=False)
         final, intermediates = whole.forward_intermediates(x)
@@ -559,6 +558,8 @@ def test_one_conv_cfg_serves_all_families():
         ({"stem": "cifra"}, ValueError, "stem='cifra': expected 'imagenet' or 'cifar'"),
         ({"layout": "papers"}, ValueError, "layout='papers': expected 'timm' or 'paper'"),
         ({"stages": [5]}, ValueError, r"stages=\[5\]"),
+        ({"stages": 3}, ValueError, "stages=3"),
+        ({"stages": [3.0]}, ValueError, r"stages=\[3.0\]"),
         ({"layout": "paper", "output_stride": 8}, ValueError, "output_stride=8"),
         ({"conv_cfg": {"eps": 0.1}}, TypeError, "eps"),
         ({"conv_cfg": {"drift": "none"}}, ValueError, "drift='none'"),

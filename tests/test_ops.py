@@ -94,7 +94,10 @@ def problem(
     spread=1.5,
     dtype=torch.float64,
 ):
-    """Random tensors and the keyword arguments of `ball_conv2d`; positions reach outside the image."""
+    """Random tensors and the keyword arguments of `ball_conv2d`; positions reach outside the image.
+
+    They keep off the pixels, where the derivative jumps and rounding chooses the side.
+    """
     sizes = kernel_size or (1, 1)
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -102,9 +105,11 @@ def problem(
     ]
     taps = 5 if kernel_size is None else math.prod(kernel_size)
     wide = torch.promote_types(dtype, torch.float32)
+    positions = spread * torch.randn(batch, taps, 2, *out, dtype=torch.float64)
+    positions = (2 * positions).floor() / 2 + 0.02 + 0.46 * torch.rand_like(positions)
     tensors = {
         "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "positions": spread * torch.randn(batch, taps, 2, *out, dtype=torch.float64).to(wide),
+        "positions": positions.to(wide),
         "weight": torch.randn(out_channels, channels // groups, *(kernel_size or (taps,)), dtype=dtype),
         "bias": torch.randn(out_channels, dtype=dtype) if bias else None,
         "mask": torch.rand(batch, taps, *out, dtype=torch.float64).to(wide) if mask else None,
@@ -254,6 +259,23 @@ def test_on_a_pixel_the_derivative_is_the_right_one(place, axis, backend):
 
 
 @backends
+@pytest.mark.parametrize("place", [-1e-9, 1e-9, 1 - 6e-8, 3 + 3e-7, -1 + 6e-8, -1 - 2e-7, 4 - 3e-7])
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_beside_a_pixel_in_float32(place, axis, backend):
+    """Rounding may choose the side, but the derivative is that of one of the two sides."""
+    image = torch.tensor([3.0, 5.0, 11.0, 2.0])
+    positions = torch.zeros(1, 1, 2, 1, 1)
+    positions[0, 0, 0 if axis == "x" else 1] = place
+    positions.requires_grad_()
+    x = image.view(1, 1, 1, 4) if axis == "x" else image.view(1, 1, 4, 1)
+    out = ball_conv2d(x, positions, torch.ones(1, 1, 1, 1), stride=9, backend=backend)
+    gradient = torch.autograd.grad(out.sum(), positions)[0][0, 0, 0 if axis == "x" else 1].item()
+    left, here, right = F.pad(image, (4, 4))[round(place) + 3 : round(place) + 6].tolist()
+    assert out.item() == pytest.approx(here, abs=1e-4)
+    assert min(abs(gradient - (here - left)), abs(gradient - (right - here))) < 1e-4
+
+
+@backends
 def test_far_outside_is_zero(backend):
     tensors, arguments = problem(dtype=torch.float32)
     for far in (7.0, 1e3, 1e9, 1e20):
@@ -282,9 +304,7 @@ def test_positions_that_are_no_numbers(bad, backend):
 
 @backends
 def test_gradcheck(backend):
-    # away from the kinks at the pixels
     tensors, arguments = problem(batch=1, channels=2, out_channels=2, size=(4, 3), groups=2, mask=True)
-    tensors["positions"] = tensors["positions"].floor() + 0.1 + 0.8 * torch.rand_like(tensors["positions"])
     tensors = [tensors[key].requires_grad_() for key in CHECKED]
 
     def function(*values):
@@ -295,7 +315,6 @@ def test_gradcheck(backend):
 
 def test_reference_has_second_derivatives():
     tensors, arguments = problem(batch=1, channels=1, out_channels=1, size=(3, 3))
-    tensors["positions"] = tensors["positions"].floor() + 0.1 + 0.8 * torch.rand_like(tensors["positions"])
     leaves = [tensors[key].requires_grad_() for key in CHECKED[:3]]
     assert torch.autograd.gradgradcheck(
         lambda x, positions, weight: ball_conv2d(x, positions, weight, **arguments, backend="reference"), leaves

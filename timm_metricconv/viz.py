@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 ORANGE, SKY, VERMILION = "#E69F00", "#56B4E9", "#D55E00"
-PALETTE = 128
 TURN = torch.linspace(0, 2 * torch.pi, 73)
 Pair = Tuple[float, float]
 
@@ -52,6 +51,16 @@ def _need(module: str, package: str) -> Any:
 
 def _figure(width: float, height: float) -> Figure:
     return _need("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
+
+
+def _panels(count: int, image: np.ndarray, width: float = 3.0) -> Tuple[Figure, List[Axes]]:
+    """Panels of an image's shape: beside each other, or below each other where the image is wide."""
+    aspect = image.shape[1] / image.shape[0]
+    if aspect > 1.8:
+        figure = _figure(2.6 * width, count * (2.2 * width / aspect + 0.35))
+        return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
+    figure = _figure(count * (width * aspect**0.5 + 0.5), width / aspect**0.5 + 0.5)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 # ---------------------------------------------------------------- layers inside networks
@@ -263,7 +272,7 @@ def plot_field(
     """
     collections, colours = _need("matplotlib.collections", "matplotlib"), _need("matplotlib.colors", "matplotlib")
     if ax is None:
-        width = 7.0
+        width = 7.0 if image.shape[1] < 2 * image.shape[0] else 11.0
         ax = _figure(width + 0.9, width * image.shape[0] / image.shape[1] + 0.5).subplots()
     _show(ax, image, faded=0.45)
     height, width = field.omega.shape[:2]
@@ -333,14 +342,20 @@ def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[f
     Returns:
         The whole image, and a close-up of each point. The dashed line is the ball of the outermost samples' radius.
     """
+    if not points:
+        raise ValueError("points: at least one (x, y) is needed.")
     positions, (xs, ys) = view.positions(), view.centres()
     pixels = [(int((ys - y).abs().argmin()), int((xs - x).abs().argmin())) for x, y in points]
     aspect = image.shape[1] / image.shape[0]
-    figure = _figure(3.4 * aspect + 2.9 * len(pixels), 3.9)
-    axes = figure.subplots(1, 1 + len(pixels), width_ratios=[aspect * 1.15, *[1.0] * len(pixels)])
-    axes = [axes] if not pixels else list(axes)
+    if aspect > 1.8:
+        figure = _figure(3.0 * len(pixels), 3.0 * len(pixels) / aspect + 3.9)
+        grid = figure.add_gridspec(2, len(pixels), height_ratios=[3.0 * len(pixels) / aspect, 3.3])
+        axes = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, i]) for i in range(len(pixels)))]
+    else:
+        figure = _figure(3.3 * aspect + 2.9 * len(pixels), 3.9)
+        axes = list(figure.subplots(1, 1 + len(pixels), width_ratios=[1.15 * aspect, *[1.0] * len(pixels)]))
     _show(axes[0], image)
-    reach = max((float(positions[0, :, :, r, c].abs().max()) for r, c in pixels), default=1.0)
+    reach = max((float(positions[0, :, :, r, c].abs().max()) for r, c in pixels))
     half = 1.25 * max(reach, float(view.radii.max())) * max(view.step)
     for number, (ax, (row, column)) in enumerate(zip(axes[1:], pixels, strict=True), 1):
         x, y = float(xs[column]), float(ys[row])
@@ -354,9 +369,8 @@ def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[f
         _draw_ball(ax, view, positions, row, column)
         ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xlabel=f"{number}: x = {x:.0f}, y = {y:.0f}")
     axes[0].set_title(title or f"{view.name}: {type(view.layer).__name__}", fontsize=10)
-    if pixels:
-        handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 
@@ -375,9 +389,7 @@ def plot_maps(field: BallField, image: np.ndarray, title: str = "") -> Figure:
     ]
     if field.residual is not None:
         maps.append(("residual of the fit", field.residual, 0.0, _upper(field.residual, 0.1), "cividis"))
-    aspect = image.shape[1] / image.shape[0]
-    figure = _figure(3.0 * aspect * (1 + len(maps)) + 0.8 * len(maps), 3.4)
-    axes = figure.subplots(1, 1 + len(maps))
+    figure, axes = _panels(1 + len(maps), image)
     _show(axes[0], image)
     axes[0].set_title(title, fontsize=10)
     half = [float(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (field.x, field.y)]
@@ -411,9 +423,7 @@ def plot_grad_cam(
         ValueError: A network has no `feature_info` and no layer is named.
     """
     grad_cam, targets = _need("pytorch_grad_cam", "grad-cam"), _need("pytorch_grad_cam.utils.model_targets", "grad-cam")
-    aspect = image.shape[1] / image.shape[0]
-    figure = _figure(2.9 * aspect * (1 + len(models)), 3.3)
-    axes = figure.subplots(1, 1 + len(models))
+    figure, axes = _panels(1 + len(models), image)
     _show(axes[0], image)
     axes[0].set_title("image", fontsize=10)
     for ax, (label, model) in zip(axes[1:], models.items(), strict=True):
@@ -441,7 +451,7 @@ class VisualiseConfig:
 
     name: str = option("visualise", "name of the run")
     output: Optional[str] = option(None, "folder of the pictures; by default runs/<name>")
-    image: str = option("coffee", "a file, or pictures of scikit-image side by side: astronaut, brick+grass+gravel, ...")
+    image: str = option("coffee", "a file, or pictures of scikit-image side by side: coffee, brick+grass, ...")
     size: int = option(384, "shorter side of the image in pixels; 0 keeps its own")
     metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
     smoothing: float = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
@@ -529,7 +539,10 @@ def _save(figure: Figure, path: Path, dpi: float) -> None:
 
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
-    picture = _need("PIL.Image", "pillow").open(drawn).convert("RGB").quantize(PALETTE, dither=0)
+    pillow = _need("PIL.Image", "pillow")
+    picture = pillow.open(drawn).convert("RGB")
+    # rare colours (the ends of a colour scale) keep a place in the palette, which k-means then fits to the rest
+    picture = picture.quantize(256, pillow.Quantize.MAXCOVERAGE, kmeans=3, dither=pillow.Dither.NONE)
     picture.save(packed, format="png", optimize=True)
     write_atomic(path, packed.getvalue())
 

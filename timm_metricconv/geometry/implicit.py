@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .metrics import Metric, drift_norm, randers
 
-# Bounds on the eigenvalues of A in units of the samples' own spread: far outside what a layer reaches, inside float32.
-SPREAD_BOUNDS = (1e-4, 1e4)
+# Bounds on the eigenvalues of A in units of the samples' own spread: beyond those of a ball that is sampled all around.
+SPREAD_BOUNDS = (1e-3, 1e4)
+# How far A and ω are expected from the disk, in the same units: it counts as much as the misfit is large.
+PRIOR_VARIANCE = 0.05
 
 
 class RandersFit(NamedTuple):
@@ -141,7 +143,7 @@ def _clamped(a: Tensor, b: Tensor, d: Tensor, least: float, most: float) -> Tupl
     return mean + turn * half, turn * b, mean - turn * half
 
 
-def fit_randers(positions: Tensor, radii: Tensor, steps: int = 8) -> RandersFit:
+def fit_randers(positions: Tensor, radii: Tensor, steps: int = 6) -> RandersFit:
     """The Randers metric that explains given positions best: F(y_j) ≈ r_j.
 
     Least squares in A = M − ωωᵀ and ω on the conic z_jᵀA z_j + 2ωᵀz_j = 1. Its algebraic error is F(z_j) − 1 times
@@ -149,14 +151,16 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 8) -> RandersFit:
     and multiplies by r_j, so that the error is F(y_j) − r_j, the one that is reported. The steps are proximal (each
     starts from the last one's result, the first from a disk): positions that come from a metric and have five
     directions or more give it back up to rounding, and those that determine none (a repeated sample, samples on a line,
-    the three directions of a 3×3 polar pattern) stay at the disk in what they leave open. Only distances are looked at:
-    how far a sample has turned along its ball is free.
+    the three directions of a 3×3 polar pattern) stay at the disk in what they leave open. The mean square error that is
+    left is the noise of the samples, and a second round weighs the disk of their spread as a prior against it: samples
+    that no metric explains would otherwise be answered by balls that reach to infinity where there are no samples. Only
+    distances are looked at: how far a sample has turned along its ball is free.
 
     Args:
         positions: y_j, `[B, K, 2, H, W]` as (x, y) in pixels: `layer.positions(x)`, or a few pixels of it.
         radii: r_j of the pattern `[K]`; of a layer `layer.points.norm(dim=-1).flatten()`. A sample with r_j = 0 should
             stay in the centre; it does not steer the fit but counts in the residual.
-        steps: Number of weighted solves.
+        steps: Number of weighted solves in each of the two rounds.
 
     Returns:
         The fit, `[B, H, W]`, in the dtype of the positions; computed in float64. Finite for finite positions.
@@ -174,18 +178,23 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 8) -> RandersFit:
     z = z @ whiten
     x, y = z[..., 0], z[..., 1]
     design = torch.stack((x * x, 2 * x * y, y * y, 2 * x, 2 * y), -1)
+    disk = design.new_tensor([0.5, 0.0, 0.5, 0.0, 0.0]).expand(*design.shape[:-2], 5)
     identity = torch.eye(5, dtype=z.dtype, device=z.device)
-    unknowns = design.new_tensor([0.5, 0.0, 0.5, 0.0, 0.0]).expand(*design.shape[:-2], 5)
-    for _ in range(steps):
+    unknowns, noise = disk, torch.zeros_like(disk[..., 0])
+    for number in range(2 * steps):
         drift = (design[..., 3:] @ unknowns[..., 3:, None])[..., 0] / 2
-        square = _quadratic(*unknowns[..., :3].unbind(-1), z) + drift.square()
-        weight = r / (square.sqrt() + (1 - drift).clamp(min=0) + 1e-3)
+        root = (_quadratic(*unknowns[..., :3].unbind(-1), z) + drift.square()).sqrt()
+        if number == steps:
+            noise = (r * (root + drift - 1)).square().mean(-1).clamp(max=1.0)
+        weight = r / (root + (1 - drift).clamp(min=0) + 1e-3)
         rows = design * weight[..., None]
         error = weight - (rows @ unknowns[..., None])[..., 0]
         normal = rows.mT @ rows
         damping = 1e-7 * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
+        prior = noise[..., None] / PRIOR_VARIANCE
+        right = rows.mT @ error[..., None] + (prior * (disk - unknowns))[..., None]
         # solve_ex: positions that are not finite give metrics that are not, instead of LAPACK's exception
-        step = torch.linalg.solve_ex(normal + damping[..., None, None] * identity, rows.mT @ error[..., None])[0]
+        step = torch.linalg.solve_ex(normal + (damping[..., None] + prior)[..., None] * identity, right)[0]
         a, b, d, wx, wy = (unknowns + step[..., 0]).unbind(-1)
         unknowns = torch.stack((*_clamped(a, b, d, *SPREAD_BOUNDS), wx, wy), -1)
 

@@ -123,6 +123,14 @@ class BallConv2d(nn.Module):
         self.register_buffer("directions", directions.to(device, dtype), persistent=False)
         self.register_buffer("points", (radii[:, :, None] * directions).to(device, dtype), persistent=False)
 
+    def init_non_persistent_buffers(self) -> None:
+        """timm's name for this: transformers calls it on networks that were made without memory, on the meta device."""
+        self._tabulate()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tabulate()  # with assign=True the kernel may have come from the meta device
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._tabulate()
@@ -214,6 +222,15 @@ class BallConv2d(nn.Module):
         """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
         if x.dim() != 4:
             raise ValueError(f"input: expected [B, C_in, H, W], got {x.shape}.")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"input: expected in_channels={self.in_channels}, got {x.shape[1]} channels.")
+        for axis in (0, 1):
+            field = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            if x.shape[2 + axis] + 2 * self.padding[axis] < field:
+                raise ValueError(
+                    f"input: {x.shape} with padding={self.padding} is smaller than the receptive field {field} of "
+                    f"kernel_size={self.kernel_size} with dilation={self.dilation}."
+                )
         raw = self.predict(x)
         mask = self.density(raw)
         if torch.jit.is_scripting():

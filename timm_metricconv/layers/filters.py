@@ -1,16 +1,16 @@
 """Image filters: one metric or deformable convolution of any size, computed in slices of its kernel.
 
-A filter of k = 121 reads 14641 samples at a pixel. Here a few taps at a time are placed, read and summed, and the backward
-pass places them again, so that memory depends on the image and not on k. The geometry may come from the image by a formula
-(`ImageMetricFilter2d`), be a free parameter at every pixel (`size=`), or be predicted by a convolution.
+A filter of k = 121 reads 14641 samples at a pixel. Here a few taps at a time are placed, read and summed, and the
+backward pass places them again, so that memory depends on the image and not on k. The geometry may come from the image
+by a formula (`ImageMetricFilter2d`), be a free parameter at every pixel (`size=`), or be predicted by a convolution.
 """
 
-from typing import Callable, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ..geometry import PATTERNS, Metric, image_metric, randers
 from ..geometry.parametrizations import EPS_L
@@ -21,35 +21,61 @@ from .offsets import DeformConv2d
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
 SLICE_SAMPLES = 2**20
-# From this many channels on, a channels-last gather beats reading planes.
-FEW_CHANNELS = 32
+# With this many channels or fewer, reading planes beats a channels-last gather.
+FEW_CHANNELS = 16
 
-# Taps, a function of tensors → their positions [B, n, 2, H, W], and those tensors.
-Slice = Tuple[Tensor, Callable[..., Tensor], Sequence[Tensor]]
+# The indices of n taps, and a function of tensors that returns their positions [B, n, 2, H, W].
+Slice = Tuple[Tensor, Callable[..., Tensor]]
 
 
-def sliced_conv2d(x: Tensor, weight: Tensor, slices: Iterable[Slice]) -> Tensor:
+def _term(part: Slice, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+    taps, place = part
+    backend = "grid_sample" if x.shape[1] <= FEW_CHANNELS else None
+    with torch.autocast(x.device.type, enabled=False):
+        return ball_conv2d(x, place(*tensors), weight[:, :, taps], groups=x.shape[1], backend=backend)
+
+
+class _SumOfSlices(torch.autograd.Function):
+    """Σ of the slices' terms. One node for all: a checkpoint each leaves small objects that fragment the heap."""
+
+    @staticmethod
+    def forward(ctx, slices, x, weight, *tensors):
+        ctx.slices = slices
+        ctx.save_for_backward(x, weight, *tensors)
+        out = torch.zeros_like(x)
+        for part in slices:
+            out += _term(part, x, weight, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[1:]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+        wanted = [t for t in inputs if t.requires_grad]
+        totals = [torch.zeros_like(t) for t in wanted]
+        for part in ctx.slices:
+            with torch.enable_grad():
+                term = _term(part, *inputs)
+            for total, share in zip(totals, torch.autograd.grad(term, wanted, grad), strict=True):
+                total += share
+        return None, *(totals.pop(0) if need else None for need in needed)
+
+
+def sliced_conv2d(x: Tensor, weight: Tensor, slices: Sequence[Slice], *tensors: Tensor) -> Tensor:
     """`ball_conv2d` of free taps, each channel by itself, a slice of the kernel at a time.
 
     Args:
         x: Image `[B, C, H, W]`.
         weight: `[C, 1, K]`.
-        slices: For each slice the indices of its n taps, a function, and the tensors it takes; it returns the taps'
-            positions `[B, n, 2, H, W]`. Nothing but these tensors is kept for the backward pass.
+        slices: For each slice the indices of its n taps and a function of `tensors` that returns the taps' positions
+            `[B, n, 2, H, W]`.
+        *tensors: The geometry. Nothing else is kept for the backward pass, which can be taken once.
 
     Returns:
         `[B, C, H, W]`.
     """
-    channels = x.shape[1]
-    backend = "grid_sample" if channels <= FEW_CHANNELS else None
-    out = torch.zeros_like(x)
-    for taps, place, tensors in slices:
-
-        def term(x: Tensor, kernel: Tensor, *tensors: Tensor, place=place) -> Tensor:
-            return ball_conv2d(x, place(*tensors), kernel, groups=channels, backend=backend)
-
-        out = out + checkpoint(term, x, weight[:, :, taps], *tensors, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return _SumOfSlices.apply(slices, x, weight, *tensors)
 
 
 def _ranges(total: int, step: int) -> Iterator[slice]:
@@ -57,40 +83,34 @@ def _ranges(total: int, step: int) -> Iterator[slice]:
 
 
 def metric_slices(
-    metric: Metric,
-    omega: Tensor,
-    directions: Tensor,
-    points: Tensor,
-    *,
-    eps_omega: float,
-    eps: float = 0.0,
-    samples: int = SLICE_SAMPLES,
-) -> Iterator[Slice]:
-    """The unit ball of a metric for `sliced_conv2d`.
+    directions: Tensor, points: Tensor, pixels: int, *, eps_omega: float, eps: float = 0.0, samples: int = SLICE_SAMPLES
+) -> List[Slice]:
+    """The unit ball of a metric for `sliced_conv2d`, whose tensors are (a, b, d, s) `[B, H, W]` and ω `[B, H, W, 2]`.
 
     Args:
-        metric: Components `[B, H, W]`.
-        omega: `[B, H, W, 2]`.
         directions: û of the pattern, `[D, 2]`.
         points: r·û of the pattern, `[R, D, 2]` in pixels.
+        pixels: B·H·W.
         eps_omega: Margin of the drift, see `geometry.randers`.
         eps: y = r·û / (F(û) + eps).
         samples: Bound on taps × pixels × images of a slice.
     """
-    count = max(1, samples // metric[0].numel())
+    count = max(1, samples // pixels)
     rows = min(count, points.shape[0])
     index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
-    for columns in _ranges(points.shape[1], count // rows):
-        for ring in _ranges(points.shape[0], rows):
 
-            def place(*geometry: Tensor, ring=ring, columns=columns) -> Tensor:
-                stretch = 1 / (randers(directions[columns], tuple(geometry[:4]), geometry[4], eps_omega) + eps)
-                # a matrix product of inner size 1: its gradient is one too, and makes nothing of the size of the positions
-                rays = points[ring, columns].transpose(0, 1).flatten(1)[:, :, None]
-                positions = torch.bmm(rays, stretch.permute(3, 0, 1, 2).flatten(1)[:, None])
-                return positions.view(-1, 2, *stretch.shape[:3]).permute(2, 0, 1, 3, 4)
+    def part(ring: slice, columns: slice) -> Slice:
+        def place(*geometry: Tensor) -> Tensor:
+            metric: Metric = geometry[:4]
+            stretch = 1 / (randers(directions[columns], metric, geometry[4], eps_omega) + eps)
+            # A matrix product of inner size 1: its gradient is one too, with no temporary of the size of the positions.
+            rays = points[ring, columns].transpose(0, 1).flatten(1)[:, :, None]
+            positions = torch.bmm(rays, stretch.permute(3, 0, 1, 2).flatten(1)[:, None])
+            return positions.view(-1, 2, *stretch.shape[:3]).permute(2, 0, 1, 3, 4)
 
-            yield index[ring, columns].t().flatten(), place, (*metric, omega)
+        return index[ring, columns].t().flatten(), place
+
+    return [part(r, c) for c in _ranges(points.shape[1], count // rows) for r in _ranges(points.shape[0], rows)]
 
 
 class _Filter:
@@ -115,15 +135,15 @@ class _Filter:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input: expected [B, {self.in_channels}, H, W], got {tuple(x.shape)}.")
         if self.size is not None and tuple(x.shape[2:]) != self.size:
-            raise ValueError(f"input: the geometry is that of {self.size} pixels, got an image of {tuple(x.shape[2:])}.")
+            raise ValueError(f"input: the geometry is one for images of {self.size}, got {tuple(x.shape[2:])}.")
 
-    def _slices(self, x: Tensor) -> Iterator[Slice]:
+    def _filter(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → `[B, C, H, W]`."""
         self._check(x)
-        out = sliced_conv2d(x, self.weight.flatten(2), self._slices(x))
+        out = self._filter(x, self.weight.flatten(2))
         return out if self.centre is None else out + self.centre[:, None, None] * x
 
 
@@ -205,17 +225,11 @@ class MetricFilter2d(_Filter, MetricConv2d):
         """Raw channels `[B, channels, H, W]`."""
         return super().predict(x) if self.size is None else self.raw.expand(x.shape[0], -1, -1, -1)
 
-    def _slices(self, x: Tensor) -> Iterator[Slice]:
+    def _filter(self, x: Tensor, weight: Tensor) -> Tensor:
         metric, omega = self._randers(self.predict(x))
-        return metric_slices(
-            metric,
-            omega,
-            self.directions,
-            self.points,
-            eps_omega=self.eps_omega,
-            eps=self._eps,
-            samples=self.samples,
-        )
+        margins = {"eps_omega": self.eps_omega, "eps": self._eps, "samples": self.samples}
+        slices = metric_slices(self.directions, self.points, metric[0].numel(), **margins)
+        return sliced_conv2d(x, weight, slices, *metric, omega)
 
 
 class ImageMetricFilter2d(nn.Module):
@@ -253,9 +267,10 @@ class ImageMetricFilter2d(nn.Module):
         directions, points = self.directions.to(omega), self.points.to(omega)
         # the drift reaches its bound τ at the strongest edge
         margin = 1 - self.metric.get("drift", 0.0)
-        slices = metric_slices(metric, omega, directions, points, eps_omega=margin, samples=self.samples)
+        slices = metric_slices(directions, points, metric[0].numel(), eps_omega=margin, samples=self.samples)
         taps = points.shape[0] * points.shape[1]
-        out = sliced_conv2d(x, x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre)), slices)
+        weight = x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre))
+        out = sliced_conv2d(x, weight, slices, *metric, omega)
         return out + x / (taps + 1) if self.centre else out
 
 
@@ -307,22 +322,23 @@ class DeformFilter2d(_Filter, DeformConv2d):
             return super().predict(x)
         return torch.cat(list(self.offsets), 1).flip(2).flatten(1, 2).expand(x.shape[0], -1, -1, -1)
 
-    def _slices(self, x: Tensor) -> Iterator[Slice]:
-        points = self.points[0]
+    def _filter(self, x: Tensor, weight: Tensor) -> Tensor:
+        points, out = self.points[0, :, :, None, None], torch.zeros_like(x)
         step = self.offsets[0].shape[1] if self.size else max(1, self.samples // (x.numel() // x.shape[1]))
         for number, part in enumerate(_ranges(len(points), step)):
-            taps = torch.arange(part.start, part.stop, device=points.device)
+
+            def free(offsets: Tensor, part=part) -> Tensor:
+                return (offsets + points[part]).expand(x.shape[0], -1, -1, -1, -1)
+
+            def predicted(x: Tensor, kernel: Tensor, bias: Tensor, part=part) -> Tensor:
+                offsets = F.conv2d(x, kernel, bias, padding=self.padding)
+                return offsets.unflatten(1, (-1, 2)).flip(2) + points[part]
+
+            taps = torch.arange(part.start, part.stop, device=x.device)
             if self.size is not None:
-
-                def place(offsets: Tensor, part=part) -> Tensor:
-                    return (offsets + points[part, :, None, None]).expand(x.shape[0], -1, -1, -1, -1)
-
-                yield taps, place, (self.offsets[number],)
+                out = out + sliced_conv2d(x, weight, [(taps, free)], self.offsets[number])
             else:
-
-                def predict(x: Tensor, weight: Tensor, bias: Tensor, part=part) -> Tensor:
-                    offsets = F.conv2d(x, weight, bias, padding=self.padding).unflatten(1, (-1, 2)).flip(2)
-                    return offsets + points[part, :, None, None]
-
                 rows = slice(2 * part.start, 2 * part.stop)
-                yield taps, predict, (x, self.predictor.weight[rows], self.predictor.bias[rows])
+                tensors = x, self.predictor.weight[rows], self.predictor.bias[rows]
+                out = out + sliced_conv2d(x, weight, [(taps, predicted)], *tensors)
+        return out

@@ -88,9 +88,10 @@ class MetricConv2d(BallConv2d):
             device=device,
             dtype=dtype,
         )
-        if not 0 < eps_omega <= 1:
-            raise ValueError(f"eps_omega={eps_omega}: expected a number in (0, 1].")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if not isinstance(eps_omega, (int, float)) or not 0 < eps_omega <= 1:
+            raise ValueError(f"eps_omega={eps_omega!r}: expected a number in (0, 1].")
+        numbers = isinstance(scale, (tuple, list)) and all(isinstance(s, (int, float)) for s in scale)
+        if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale={scale}: expected (s_min, s_max) with 0 < s_min ≤ s_max.")
         self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
         self.pattern = _choice("pattern", pattern, list(PATTERNS))

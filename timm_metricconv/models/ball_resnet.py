@@ -64,7 +64,8 @@ class BallResNet(resnet.ResNet):
             raise ValueError(f"stem={stem!r}: expected 'imagenet' or 'cifar'.")
         if layout not in ("timm", "paper"):
             raise ValueError(f"layout={layout!r}: expected 'timm' or 'paper'.")
-        if any(stage not in (1, 2, 3, 4) for stage in stages):
+        # 3.0 would name a block
+        if isinstance(stages, int) or any(not isinstance(s, int) or s not in (1, 2, 3, 4) for s in stages):
             raise ValueError(f"stages={stages!r}: expected numbers from 1 to 4.")
         if layout == "paper":
             if kwargs.setdefault("output_stride", 16) not in (16, 32):

@@ -80,7 +80,7 @@ def _plan(
 
 
 def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """`[n, p] @ [q, p]ᵀ + bias`: oneDNN's product, which torch has for Inductor, is faster than the BLAS behind `linear`."""
+    """`[n, p] @ [q, p]ᵀ + bias` with oneDNN, as Inductor does: faster than the BLAS behind `linear`."""
     if columns.dtype == torch.float32 and torch.backends.mkldnn.is_available() and columns.numel():
         return torch.ops.mkldnn._linear_pointwise(columns, kernel, bias, "none", [], "")
     return F.linear(columns, kernel, bias)
@@ -243,19 +243,23 @@ def _scatter(out: Tensor, grad_samples: Tensor, base: Tensor, shares: Tensor, wi
         out[shift:] += bags[: len(out) - shift]
 
 
-def _slope(distance: Tensor) -> Tensor:
-    """Derivative of a corner's hat, from the right as torchvision's: a sample on a pixel sees its right neighbour."""
-    return (distance >= -1).to(distance.dtype).sub_((distance >= 0).to(distance.dtype), alpha=2).add_(distance >= 1)
+def _slope(distance: Tensor, corner: int) -> Tensor:
+    """Derivative of a corner's hat, from the right as torchvision's: a sample on a pixel sees its right neighbour.
+
+    `distance` is from the near corner, 0; the far one is 1. (`distance - 1` would round −1e-9 onto a pixel.)
+    """
+    rising, falling = (distance >= corner - 1).to(distance.dtype), (distance >= corner).to(distance.dtype)
+    return rising.sub_(falling, alpha=2).add_(distance >= corner + 1)
 
 
 def _grad_points(grad_shares: Tensor, plan: _Plan) -> Tensor:
     """Gradient of the shares `[M, 4]` → of the coordinates `[2, M]` as (x, y)."""
     g00, g01, g10, g11 = grad_shares.t().contiguous()
     (left, right), (top, bottom) = plan.x.shares, plan.y.shares
-    grad_x = (g00 * top).addcmul_(g10, bottom).mul_(_slope(plan.x.distance))
-    grad_x += (g01 * top).addcmul_(g11, bottom).mul_(_slope(plan.x.distance - 1))
-    grad_y = (g00 * left).addcmul_(g01, right).mul_(_slope(plan.y.distance))
-    grad_y += (g10 * left).addcmul_(g11, right).mul_(_slope(plan.y.distance - 1))
+    grad_x = (g00 * top).addcmul_(g10, bottom).mul_(_slope(plan.x.distance, 0))
+    grad_x += (g01 * top).addcmul_(g11, bottom).mul_(_slope(plan.x.distance, 1))
+    grad_y = (g00 * left).addcmul_(g01, right).mul_(_slope(plan.y.distance, 0))
+    grad_y += (g10 * left).addcmul_(g11, right).mul_(_slope(plan.y.distance, 1))
     return torch.stack((grad_x, grad_y))
 
 

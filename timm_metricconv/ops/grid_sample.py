@@ -26,8 +26,8 @@ def grid_sample_conv2d(
 ) -> Tensor:
     """`ball_conv2d_reference`, fast for few channels."""
     points = sampling_points(positions, weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
-    # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel must
-    # stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
+    # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel
+    # must stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
     size = 1 << (max(x.shape[2], x.shape[3]) - 1).bit_length()
     image = F.pad(x.to(points.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
     grid = points * (2 / size) + (1 / size - 1)

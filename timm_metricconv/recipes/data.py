@@ -72,7 +72,8 @@ def _digits(classes: str, train: bool) -> ArrayDataset:
 def _textures(train: bool, size: int = 32) -> ArrayDataset:
     """32×32 patches of scikit-image's brick, grass and gravel; training and validation patches come from other regions.
 
-    The left three quarters of each 512×512 picture train and the right quarter validates, a patch's width apart.
+    The left three quarters of each 512×512 picture train and the right quarter validates, a patch's width apart; no two
+    patches overlap.
     """
     from skimage import data
 
@@ -80,8 +81,8 @@ def _textures(train: bool, size: int = 32) -> ArrayDataset:
     for label, picture in enumerate((data.brick(), data.grass(), data.gravel())):
         border = 3 * picture.shape[1] // 4
         first, last = (0, border - size) if train else (border, picture.shape[1])
-        for top in range(0, picture.shape[0] - size + 1, size // 2):
-            for left in range(first, last - size + 1, size // 2):
+        for top in range(0, picture.shape[0] - size + 1, size):
+            for left in range(first, last - size + 1, size):
                 images.append(picture[top : top + size, left : left + size])
                 labels.append(label)
     return ArrayDataset(np.stack(images), labels, 3)

@@ -158,7 +158,7 @@ def model_card(run: Run, name: str, source: str, license: Optional[str] = None) 
         pipeline_tag=task,
         tags=[task, "timm", "timm_metricconv", f"{kind}-convolution"],
         base_model=started.hf_hub_id if started and started.hf_hub_id else None,
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
     )
     shown = {key: training[key] for key in TRAINING_KEYS if training.get(key) not in (None, "", [], {}, 0)}
