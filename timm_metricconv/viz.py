@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ANISOTROPY = "anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 ORANGE, SKY, VERMILION = "#E69F00", "#56B4E9", "#D55E00"
-TURN = torch.linspace(0, 2 * torch.pi, 73)
+TURN = torch.linspace(0, 2 * torch.pi, 181)
 Pair = Tuple[float, float]
 
 
@@ -191,13 +192,13 @@ class BallField:
     step: Pair = (1.0, 1.0)
     residual: Optional[Tensor] = None
 
-    def outlines(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The unit balls of some pixels as polygons in the image, `[N, 73, 2]`."""
+    def outlines(self, rows: Tensor, columns: Tensor, magnified: float = 1.0) -> Tensor:
+        """The unit balls of some pixels as polygons in the image, `[N, 181, 2]`."""
         metric = tuple(component[rows, columns] for component in self.metric)
         radius = unit_ball(metric, self.omega[rows, columns], TURN)
         centre = torch.stack((self.x[columns], self.y[rows]), -1)
         circle = torch.stack((TURN.cos(), TURN.sin()), -1)
-        return centre[:, None] + radius[..., None] * circle * torch.tensor(self.step)
+        return centre[:, None] + magnified * radius[..., None] * circle * torch.tensor(self.step)
 
 
 @torch.no_grad()
@@ -250,6 +251,12 @@ def _show(ax: Axes, image: np.ndarray, faded: float = 0.0) -> None:
     ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
 
 
+def _colour_bar(ax: Axes, shown: Any, values: Tensor) -> Any:
+    """A bar inside the figure's margin, so that panels with and without one keep the same size."""
+    beyond = float(values.max()) > shown.norm.vmax
+    return ax.figure.colorbar(shown, cax=ax.inset_axes([1.02, 0.1, 0.025, 0.8]), extend="max" if beyond else "neither")
+
+
 def _upper(values: Tensor, least: float) -> float:
     """End of a colour scale: the 99th percentile, so that a few outliers do not hide the rest."""
     return max(float(values.double().quantile(0.99)), least)
@@ -260,8 +267,9 @@ def plot_field(
 ) -> Axes:
     """The balls and the drift of a field, on a regular grid over an image.
 
-    Each ball is drawn in true size, coloured by its anisotropy. A line leads from the pixel (dot) to the middle of its
-    ball: where there is no drift it has no length.
+    A ball is coloured by its anisotropy and drawn in true size, or, where balls are small, so much larger (the title
+    says how much) that most fill half of the spacing. A line leads from the pixel (dot) to the middle of its ball;
+    where there is no drift it has no length.
 
     Args:
         field: From `layer_field` or `image_field`.
@@ -287,7 +295,11 @@ def plot_field(
     metric = tuple(component[rows, columns] for component in field.metric)
     ratio = anisotropy(metric)
     scale = colours.Normalize(1, _upper(ratio, 1.5))
-    balls = collections.PolyCollection(field.outlines(rows, columns).numpy(), closed=True, linewidths=1.2)
+    true = field.outlines(rows, columns)
+    typical = float((true.amax(1) - true.amin(1)).amax(-1).median())
+    magnified = max(1, int(0.5 * spacing / max(typical, 1e-3)))
+    outlines = field.outlines(rows, columns, magnified)
+    balls = collections.PolyCollection(outlines.numpy(), closed=True, linewidths=1.2)
     palette = importlib.import_module("matplotlib").colormaps["viridis"]
     tints = palette(scale(ratio.numpy()))
     balls.set_edgecolor(tints)
@@ -295,15 +307,13 @@ def plot_field(
     ax.add_collection(balls)
 
     pixel = torch.stack((field.x[columns], field.y[rows]), -1)
-    lean = zermelo_ellipse(metric, field.omega[rows, columns])[1] * torch.tensor(field.step)
+    lean = zermelo_ellipse(metric, field.omega[rows, columns])[1] * torch.tensor(field.step) * magnified
     lines = torch.stack((pixel, pixel + lean), 1).numpy()
     ax.add_collection(collections.LineCollection(lines, colors="black", linewidths=1.3))
     ax.plot(*pixel.T.numpy(), linestyle="", marker="o", markersize=1.5, color="black")
-    bar = ax.figure.colorbar(
-        importlib.import_module("matplotlib.cm").ScalarMappable(scale, palette), ax=ax, shrink=0.7, pad=0.02
-    )
-    bar.set_label("anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$")
-    ax.set_title(title, fontsize=10)
+    shown = importlib.import_module("matplotlib.cm").ScalarMappable(scale, palette)
+    _colour_bar(ax, shown, ratio).set_label(ANISOTROPY)
+    ax.set_title(title + (f" (balls drawn ×{magnified})" if magnified > 1 else ""), fontsize=10)
     return ax
 
 
@@ -356,7 +366,7 @@ def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[f
         axes = list(figure.subplots(1, 1 + len(pixels), width_ratios=[1.15 * aspect, *[1.0] * len(pixels)]))
     _show(axes[0], image)
     reach = max((float(positions[0, :, :, r, c].abs().max()) for r, c in pixels))
-    half = 1.25 * max(reach, float(view.radii.max())) * max(view.step)
+    half = 1.35 * max(reach, float(view.radii.max())) * max(view.step)
     for number, (ax, (row, column)) in enumerate(zip(axes[1:], pixels, strict=True), 1):
         x, y = float(xs[column]), float(ys[row])
         axes[0].add_patch(
@@ -384,7 +394,7 @@ def plot_maps(field: BallField, image: np.ndarray, title: str = "") -> Figure:
     """
     ratio, drift = anisotropy(field.metric), asymmetry(field.metric, field.omega)
     maps = [
-        ("anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$", ratio, 1.0, _upper(ratio, 1.5), "viridis"),
+        (ANISOTROPY, ratio, 1.0, _upper(ratio, 1.5), "viridis"),
         ("asymmetry  $\\|\\omega\\|_{M^{-1}}$", drift, 0.0, _upper(drift, 0.1), "magma"),
     ]
     if field.residual is not None:
@@ -399,7 +409,7 @@ def plot_maps(field: BallField, image: np.ndarray, title: str = "") -> Figure:
         shown = ax.imshow(values.numpy(), cmap=palette, vmin=low, vmax=high, extent=[float(e) for e in extent])
         ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
         ax.set_title(name, fontsize=10)
-        figure.colorbar(shown, ax=ax, shrink=0.8, pad=0.02, extend="max" if float(values.max()) > high else "neither")
+        _colour_bar(ax, shown, values)
     return figure
 
 
@@ -438,7 +448,7 @@ def plot_grad_cam(
             heat = cam(input_tensor=inputs[label], targets=[targets.ClassifierOutputTarget(chosen)])[0]
         _show(ax, image)
         ax.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-        ax.set_title(f"{label}\nclass {chosen}: {100 * float(odds[chosen]):.0f}%", fontsize=10)
+        ax.set_title(f"{label}: class {chosen}, p = {float(odds[chosen]):.2f}", fontsize=10)
     return figure
 
 

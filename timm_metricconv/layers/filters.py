@@ -95,7 +95,7 @@ def metric_slices(
         eps: y = r·û / (F(û) + eps).
         samples: Bound on taps × pixels × images of a slice.
     """
-    count = max(1, samples // pixels)
+    count = max(1, samples // max(1, pixels))
     rows = min(count, points.shape[0])
     index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
 
@@ -145,6 +145,10 @@ class _Filter:
         self._check(x)
         out = self._filter(x, self.weight.flatten(2))
         return out if self.centre is None else out + self.centre[:, None, None] * x
+
+    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """`positions` of the n pixels (rows, columns) alone, `[B, K, 2, n]`, without the centre sample."""
+        return self.ball(self.predict(x)[:, :, rows, columns][:, :, None])[:, :, :, 0]
 
 
 class MetricFilter2d(_Filter, MetricConv2d):
@@ -240,7 +244,7 @@ class ImageMetricFilter2d(nn.Module):
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
         centre: One more sample, in the centre.
         samples: Bound on the samples in memory at once.
-        **metric: Arguments of `geometry.image_metric`: anisotropy, scale, drift (τ < 1), along.
+        **metric: Arguments of `geometry.image_metric`: scale, anisotropy, tau (the drift's strength), along.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -266,7 +270,7 @@ class ImageMetricFilter2d(nn.Module):
         metric, omega = image_metric(x.mean(1, keepdim=True), **self.metric)
         directions, points = self.directions.to(omega), self.points.to(omega)
         # the drift reaches its bound τ at the strongest edge
-        margin = 1 - self.metric.get("drift", 0.0)
+        margin = 1 - abs(self.metric.get("tau", 0.0))
         slices = metric_slices(directions, points, metric[0].numel(), eps_omega=margin, samples=self.samples)
         taps = points.shape[0] * points.shape[1]
         weight = x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre))
@@ -317,14 +321,21 @@ class DeformFilter2d(_Filter, DeformConv2d):
         return None if self._free else super()._make_predictor(channels, dd)
 
     def predict(self, x: Tensor) -> Tensor:
-        """All offsets at once in torchvision's order, `[B, 2K, H, W]`: for looking at a few pixels' samples."""
+        """All offsets at once in torchvision's order, `[B, 2K, H, W]`."""
         if self.size is None:
             return super().predict(x)
         return torch.cat(list(self.offsets), 1).flip(2).flatten(1, 2).expand(x.shape[0], -1, -1, -1)
 
+    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """As `MetricFilter2d.positions_at`; free offsets are read at these pixels only."""
+        if self.size is None:
+            return super().positions_at(x, rows, columns)
+        offsets = torch.cat([part[..., rows, columns] for part in self.offsets], 1)
+        return (offsets + self.points[0, :, :, None]).expand(x.shape[0], -1, -1, -1)
+
     def _filter(self, x: Tensor, weight: Tensor) -> Tensor:
         points, out = self.points[0, :, :, None, None], torch.zeros_like(x)
-        step = self.offsets[0].shape[1] if self.size else max(1, self.samples // (x.numel() // x.shape[1]))
+        step = self.offsets[0].shape[1] if self.size else max(1, self.samples // max(1, x[:, 0].numel()))
         for number, part in enumerate(_ranges(len(points), step)):
 
             def free(offsets: Tensor, part=part) -> Tensor:

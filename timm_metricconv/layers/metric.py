@@ -11,6 +11,8 @@ from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, conditioned, 
 from ..ops import fuses_metric, metric_conv2d
 from .ball_conv import BallConv2d, IntPair, _choice
 
+# float32 cannot tell 1 − ε_ω from 1 below some 1e-7, and a ball would be infinite; above this `max_radius` holds to 2e-4.
+MIN_EPS_OMEGA = 1e-4
 
 @register_notrace_module
 class MetricConv2d(BallConv2d):
@@ -31,7 +33,7 @@ class MetricConv2d(BallConv2d):
         parametrization: Raw channels → M: a name from `geometry.PARAMETRIZATIONS`.
         drift: Raw channels → ω: a name from `geometry.DRIFTS`.
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
-        eps_omega: ε_ω in (0, 1], the margin of the drift: ‖ω‖_{M⁻¹} < 1 − ε_ω. 1 means no drift (Riemannian).
+        eps_omega: ε_ω from 1e-4 to 1, the margin of the drift: ‖ω‖_{M⁻¹} < 1 − ε_ω. 1 means no drift (Riemannian).
         scale: (s_min, s_max) of `spectral_scale` and `spectral_scale_ratio`.
         modulated: See `BallConv2d`.
         fixed_kernel: See `BallConv2d`.
@@ -88,10 +90,10 @@ class MetricConv2d(BallConv2d):
             device=device,
             dtype=dtype,
         )
-        if not isinstance(eps_omega, (int, float)) or not 0 < eps_omega <= 1:
-            raise ValueError(f"eps_omega={eps_omega!r}: expected a number in (0, 1].")
+        if not isinstance(eps_omega, (int, float)) or not MIN_EPS_OMEGA <= eps_omega <= 1:
+            raise ValueError(f"eps_omega={eps_omega!r}: expected a number from {MIN_EPS_OMEGA} to 1.")
         numbers = isinstance(scale, (tuple, list)) and all(isinstance(s, (int, float)) for s in scale)
-        if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"scale={scale}: expected (s_min, s_max) with 0 < s_min ≤ s_max.")
         self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
         self.pattern = _choice("pattern", pattern, list(PATTERNS))

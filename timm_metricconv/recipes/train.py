@@ -51,6 +51,7 @@ class TrainConfig(DataConfig):
     pretrained: bool = option(False, "start from the model's pretrained weights")
     model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
     checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
+    allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
     fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
     epochs: int = option(10, "epochs")
     opt: str = option("adamw", "timm optimiser")
@@ -78,18 +79,27 @@ class TrainConfig(DataConfig):
         return Path(self.output or f"runs/{self.name}")
 
 
-def warm_start(model: nn.Module, path: str) -> None:
+def warm_start(model: nn.Module, path: str, allow_pickle: bool = False) -> None:
     """Loads a checkpoint of a standard or converted network into `model`, which keeps its own classifier.
 
     Raises:
-        ConfigError: The file is missing or broken, or a key is missing, unknown or of another shape.
+        ConfigError: The file is missing, broken or (without `allow_pickle`) no safetensors file, or a key is missing,
+            unknown or of another shape.
     """
     if not Path(path).is_file():
         raise ConfigError(f"checkpoint: there is no file {path!r}.")
+    if Path(path).suffix != ".safetensors" and not allow_pickle:
+        raise ConfigError(
+            f"checkpoint: {path!r} is no .safetensors file, and a pickle file can run code. Convert it with "
+            "safetensors.torch.save_file, or give --allow_pickle true for one whose source you trust."
+        )
     try:
-        state = timm.models.load_state_dict(path)
+        state = timm.models.load_state_dict(path, weights_only=True)
     except Exception as error:  # safetensors, zip and pickle have exceptions of their own
         raise ConfigError(f"checkpoint: {path!r} cannot be read ({error}); is it complete?") from error
+    strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ConfigError(f"checkpoint: {path!r}: {strange[0]!r} is no tensor; expected the state dict of a network.")
     own, classifier = model.state_dict(), f"{model.pretrained_cfg['classifier']}."
     try:
         if isinstance(model, BallResNet):
@@ -114,7 +124,7 @@ def build_model(config: TrainConfig, num_classes: Optional[int] = None) -> nn.Mo
     except RuntimeError as error:
         raise ConfigError(f"model: {config.model}: {error}") from error
     if config.checkpoint:
-        warm_start(model, config.checkpoint)
+        warm_start(model, config.checkpoint, config.allow_pickle)
     if config.fixed_kernel:
         for module in adaptive_layers(model):
             module.weight.requires_grad_(False)
@@ -260,7 +270,7 @@ def _same_run(folder: Path, resolved: Dict[str, Any]) -> None:
     if not path.exists():
         return
     begun = yaml.safe_load(path.read_text())
-    places = ("name", "output", "workers", "data_dir")
+    places = ("name", "output", "workers", "data_dir", "allow_pickle")
     changed = [key for key in resolved if key not in places and begun.get(key) != resolved[key]]
     if changed:
         what = ", ".join(f"{key} ({begun.get(key)} → {resolved[key]})" for key in changed)
@@ -428,7 +438,10 @@ def train(
         return json.loads((folder / "summary.json").read_text())
     trainer = _Trainer(config, quiet, prepare)
     if trainer.main:
-        write_atomic(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        try:
+            write_atomic(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"output: {str(folder)!r} cannot be written to: {error}.") from None
     checkpoints = _Checkpoints(folder, trainer.accelerator)
     done = checkpoints.resume()
     rows = _read_curves(folder / "curves.csv", done)
