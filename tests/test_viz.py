@@ -2,9 +2,6 @@
 
 import importlib
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from torch import nn
 from timm_metricconv import LAYERS, convert, viz
 from timm_metricconv.recipes.config import ConfigError
 
-ROOT = Path(__file__).parents[1]
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
 
@@ -95,8 +91,9 @@ def test_samples_are_mapped_through_strides_and_paddings(stem, step, origin):
 
 def test_capture_leaves_the_network_as_it_was():
     model = network().train()
-    viz.capture(model, "layer3.0.conv1", torch.randn(1, 3, 32, 40))
-    assert model.training and not any(module._forward_hooks for module in model.modules())
+    model.layer1.eval()
+    viz.capture(model, "layer3.0.conv2", torch.randn(1, 3, 32, 40))
+    assert model.training and not model.layer1.training and not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"layer2\.0\.conv1"):
         viz.capture(model, "layer9", torch.randn(1, 3, 32, 40))
     with pytest.raises(ValueError, match="no such layer"):
@@ -138,11 +135,6 @@ def test_a_missing_extra_is_told(monkeypatch):
     monkeypatch.setattr(viz.importlib, "import_module", absent)
     with pytest.raises(ImportError, match=r'pip install "timm_metricconv\[demo\]"'):
         viz.plot_maps(viz.image_field(IMAGE), IMAGE)
-
-
-def test_the_package_does_not_need_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import timm_metricconv.viz"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_recipe_writes_its_pictures(tmp_path):

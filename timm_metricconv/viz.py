@@ -154,11 +154,12 @@ def capture(model: nn.Module, layer: str, x: Tensor) -> LayerView:
         for module in model.modules()
         if all(hasattr(module, name) for name in ("kernel_size", "stride", "padding"))
     ]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()(x)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     if not inputs:

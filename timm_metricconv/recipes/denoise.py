@@ -24,8 +24,8 @@ from .config import ConfigError, RecipeError, option
 from .report import console, print_table, save_figure, write_atomic, write_summary
 
 Variant = Tuple[str, Optional[float]]
-# Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025): for each method and ε_ω, by k, SGD's learning rate for an
-# image of 256×256 at σ = 0.3, and the generalisation gap (test − train) / train, a plain ratio.
+# Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025): for each method and ε_ω, by k, SGD's learning rate for
+# an image of 256×256 at σ = 0.3, and the generalisation gap (test − train) / train, a plain ratio.
 PAPER_LR: Dict[Variant, Dict[int, float]] = {
     ("deform", None): {5: 1.5e6, 11: 7.4e6, 31: 6.0e7, 51: 1.9e8, 121: 9.8e8},
     ("metric", 0.9): {5: 1e4, 11: 1e4, 31: 1e4, 51: 1.2e5, 121: 1.4e5},
@@ -457,7 +457,7 @@ def plot_curves(done: Dict[Cell, Dict[str, Any]], unit: str):
 
 
 def _zoom(axis, image: Tensor, result: Dict[str, Any], deform: bool) -> None:
-    """The image about an edge, and where pixels read it: the outermost samples joined, all samples of the middle one."""
+    """The image about an edge, and where pixels read it: outermost samples joined, all samples of the middle one."""
     centres, middle = result["centres"], BALLS**2 // 2
     x, y = centres[middle].tolist()
     reach = SPACING * (BALLS // 2) + 6
