@@ -10,6 +10,9 @@ import torch
 from timm_metricconv.geometry import drift_norm, image_metric
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
 from timm_metricconv.layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
+from timm_metricconv.recipes import denoise as module
+from timm_metricconv.recipes.config import ConfigError, RecipeError, build
+from timm_metricconv.recipes.denoise import DenoiseConfig, NoisyImages, add_noise, denoise
 
 PIXELS = 2 * 12 * 10
 
@@ -75,7 +78,7 @@ def test_positions_at_some_pixels():
 
 
 def test_uniform_filters_of_a_constant_image():
-    """Away from the border every filter with weights of sum one keeps a constant; the centre sample does not change it."""
+    """Away from the border every filter with weights of sum one keeps a constant; the centre sample too."""
     x = torch.full((1, 1, 32, 32), 0.5)
     made = [ImageMetricFilter2d(5, centre=centre) for centre in (False, True)]
     made += [kind(1, 5, centre=centre) for kind in (MetricFilter2d, DeformFilter2d) for centre in (False, True)]
@@ -164,13 +167,6 @@ def test_memory_does_not_grow_with_the_kernel(kind):
 
 
 # ---------------------------------------------------------------- the recipe
-
-pytest.importorskip("skimage", reason="needs the extra [demo]")
-pytest.importorskip("rich", reason="needs the extra [demo]")
-
-from timm_metricconv.recipes import denoise as module
-from timm_metricconv.recipes.config import ConfigError, RecipeError, build
-from timm_metricconv.recipes.denoise import DenoiseConfig, NoisyImages, add_noise, denoise
 
 KEYS = ["method", "eps_omega", "k", "sigma", "train_mse", "test_mse", "psnr", "gap", "paper_gap"]
 

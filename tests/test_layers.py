@@ -312,7 +312,6 @@ def test_papers_start_of_the_kernel_and_of_offsets(variant):
         assert not layer.predictor.bias.any()
 
 
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

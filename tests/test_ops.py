@@ -387,8 +387,11 @@ def test_flops(case):
         out = ball_conv2d(**tensors, **arguments, backend="gather")
     batch, taps, _, height, width = tensors["positions"].shape
     samples = batch * taps * height * width
-    gather, product = 4 * samples * tensors["x"].shape[1], samples * tensors["weight"][:, :, 0].numel() // (
-        tensors["weight"].shape[3] if tensors["weight"].dim() == 4 else 1
+    gather, product = (
+        4 * samples * tensors["x"].shape[1],
+        samples
+        * tensors["weight"][:, :, 0].numel()
+        // (tensors["weight"].shape[3] if tensors["weight"].dim() == 4 else 1),
     )
     assert counter.get_total_flops() == 2 * (gather + product)
     with FlopCounterMode(display=False) as counter:
@@ -441,9 +444,11 @@ def test_default_is_the_first_that_can_run(monkeypatch):
     tensors, arguments = problem(dtype=torch.float32)
     called = []
     for name, row in BACKENDS.items():
+
         def record(*args, name=name, function=row.function):
             called.append(name)
             return function(*args)
+
         monkeypatch.setitem(BACKENDS, name, row._replace(function=record))
     ball_conv2d(**tensors, **arguments)
     for name in RUNNABLE:

@@ -44,7 +44,7 @@ def relative(a, b):
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layer_in_bf16(kind, modulated):
-    """Output and gradients come near float32's; positions are float32 and move no farther than bf16's predictor does."""
+    """Output and gradients come near float32's; positions are float32 and move as far as bf16's predictor does."""
     layer = bend(LAYERS[kind](8, 8, 3, modulated=modulated))
     # An image without jumps: next to one, a rounded predictor may pick another slope.
     x = nn.functional.interpolate(torch.randn(2, 8, 3, 3), size=(12, 12), mode="bilinear").requires_grad_()
@@ -139,11 +139,11 @@ def _images():
 def _expected(steps):
     """Gradients of the joined batch and the weights after `steps` of SGD in one process."""
     model = network().eval()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(steps):
+    optimiser, first = torch.optim.SGD(model.parameters(), lr=0.1), None
+    for _ in range(steps):
         optimiser.zero_grad()
         _loss(model, _images()).backward()
-        first = gradients(model) if step == 0 else first
+        first = first or gradients(model)
         optimiser.step()
     return first, model.state_dict()
 

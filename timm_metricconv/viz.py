@@ -285,9 +285,7 @@ def plot_field(
         ax = _figure(width + 0.9, width * image.shape[0] / image.shape[1] + 0.5).subplots()
     _show(ax, image, faded=0.45)
     height, width = field.omega.shape[:2]
-    every = [
-        max(1, round(spacing / float(axis[1] - axis[0]))) if len(axis) > 1 else 1 for axis in (field.y, field.x)
-    ]
+    every = [max(1, round(spacing / float(axis[1] - axis[0]))) if len(axis) > 1 else 1 for axis in (field.y, field.x)]
     starts = [(count - 1) % step // 2 for count, step in zip((height, width), every, strict=True)]
     rows, columns = torch.meshgrid(
         torch.arange(starts[0], height, every[0]), torch.arange(starts[1], width, every[1]), indexing="ij"

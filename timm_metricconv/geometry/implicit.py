@@ -113,10 +113,11 @@ def star_hull(positions: Tensor, radii: Tensor, angles: Tensor, tolerance: float
     return torch.where(inside, radius, on_corner)
 
 
-def _quadratic(a: Tensor, b: Tensor, d: Tensor, points: Tensor) -> Tensor:
-    """pᵀ(a, b; b, d)p of points `[..., K, 2]`: `[..., K]`."""
-    x, y = points[..., 0], points[..., 1]
-    return a[..., None] * x * x + 2 * b[..., None] * x * y + d[..., None] * y * y
+def _quadratic(entries: Tensor, points: Tensor) -> Tensor:
+    """pᵀ(a, b; b, d)p of entries `[..., 3]` and points `[..., K, 2]`: `[..., K]`."""
+    a, b, d = entries[..., None, :].unbind(-1)
+    x, y = points.unbind(-1)
+    return a * x * x + 2 * b * x * y + d * y * y
 
 
 def _symmetric(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 6) -> RandersFit:
     unknowns, noise = disk, torch.zeros_like(disk[..., 0])
     for number in range(2 * steps):
         drift = (design[..., 3:] @ unknowns[..., 3:, None])[..., 0] / 2
-        root = (_quadratic(*unknowns[..., :3].unbind(-1), z) + drift.square()).sqrt()
+        root = (_quadratic(unknowns[..., :3], z) + drift.square()).sqrt()
         if number == steps:
             noise = (r * (root + drift - 1)).square().mean(-1).clamp(max=1.0)
         weight = r / (root + (1 - drift).clamp(min=0) + 1e-3)
@@ -209,7 +210,7 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 6) -> RandersFit:
     metric = a + wx * wx, b + wx * wy, d + wy * wy, det.sqrt()
 
     samples = positions.permute(0, 3, 4, 1, 2)
-    value = _quadratic(*metric[:3], samples).clamp(min=0).sqrt() + (samples @ omega[..., None])[..., 0]
+    value = _quadratic(torch.stack(metric[:3], -1), samples).clamp(min=0).sqrt() + (samples @ omega[..., None])[..., 0]
     # The best multiple of F, in closed form: 1 where the steps have converged; elsewhere it bounds the residual by 1.
     factor = (value @ radii) / value.square().sum(-1).clamp(min=1e-30)
     factor = torch.where(factor > 0, factor, 1.0)

@@ -111,7 +111,7 @@ class BallConv2d(nn.Module):
         self.predictor = self._make_predictor(channels, dd) if channels else None  # type: ignore[assignment]
         self.pattern = "lattice"
 
-    def _make_predictor(self, channels: int, dd: dict) -> nn.Conv2d:
+    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Conv2d]:
         return nn.Conv2d(
             self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd
         )

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..geometry import PATTERNS, Metric, image_metric, randers
+from ..geometry import PATTERNS, image_metric, randers
 from ..geometry.parametrizations import EPS_L
 from ..ops import ball_conv2d
-from .ball_conv import _choice
+from .ball_conv import BallConv2d, _choice
 from .metric import MetricConv2d
 from .offsets import DeformConv2d
 
@@ -101,8 +101,8 @@ def metric_slices(
 
     def part(ring: slice, columns: slice) -> Slice:
         def place(*geometry: Tensor) -> Tensor:
-            metric: Metric = geometry[:4]
-            stretch = 1 / (randers(directions[columns], metric, geometry[4], eps_omega) + eps)
+            a, b, d, s, omega = geometry
+            stretch = 1 / (randers(directions[columns], (a, b, d, s), omega, eps_omega) + eps)
             # A matrix product of inner size 1: its gradient is one too, with no temporary of the size of the positions.
             rays = points[ring, columns].transpose(0, 1).flatten(1)[:, :, None]
             positions = torch.bmm(rays, stretch.permute(3, 0, 1, 2).flatten(1)[:, None])
@@ -113,7 +113,7 @@ def metric_slices(
     return [part(r, c) for c in _ranges(points.shape[1], count // rows) for r in _ranges(points.shape[0], rows)]
 
 
-class _Filter:
+class _Filter(BallConv2d):
     """What the filters share: k odd, the image's size kept, each channel filtered by itself, no bias."""
 
     def _setup(self, size: Optional[Sequence[int]], centre: bool, samples: int) -> None:
@@ -203,7 +203,7 @@ class MetricFilter2d(_Filter, MetricConv2d):
         if size is not None:
             self.raw = nn.Parameter(torch.zeros(1, self.channels, *size))
 
-    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Module]:
+    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Conv2d]:
         return None if self._free else super()._make_predictor(channels, dd)
 
     def reset_predictor(self) -> None:
@@ -317,7 +317,7 @@ class DeformFilter2d(_Filter, DeformConv2d):
             counts = [part.stop - part.start for part in _ranges(self.points.shape[1], step)]
             self.offsets = nn.ParameterList(torch.zeros(1, count, 2, *size) for count in counts)
 
-    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Module]:
+    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Conv2d]:
         return None if self._free else super()._make_predictor(channels, dd)
 
     def predict(self, x: Tensor) -> Tensor:

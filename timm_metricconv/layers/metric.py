@@ -11,8 +11,10 @@ from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, conditioned, 
 from ..ops import fuses_metric, metric_conv2d
 from .ball_conv import BallConv2d, IntPair, _choice
 
-# float32 cannot tell 1 − ε_ω from 1 below some 1e-7, and a ball would be infinite; above this `max_radius` holds to 2e-4.
+# float32 cannot tell 1 − ε_ω from 1 below some 1e-7, and a ball would be infinite; from here on `max_radius` holds to
+# 2e-4.
 MIN_EPS_OMEGA = 1e-4
+
 
 @register_notrace_module
 class MetricConv2d(BallConv2d):

@@ -30,9 +30,7 @@ def _selector(where: Optional[Where]) -> Callable[[str, nn.Conv2d], bool]:
     return lambda name, conv: any(fnmatchcase(name, glob) for glob in globs)
 
 
-def convert(
-    model: nn.Module, conv: str = "metric", where: Optional[Where] = None, **conv_cfg
-) -> Dict[str, BallConv2d]:
+def convert(model: nn.Module, conv: str = "metric", where: Optional[Where] = None, **conv_cfg) -> Dict[str, BallConv2d]:
     """Replaces convolutions of `model` in place.
 
     With `init="identity"` (the default) the new layers own the very parameters of the old ones, so the network computes
@@ -62,9 +60,7 @@ def convert(
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BallConv2d))
     candidates = {
-        name: module
-        for name, module in modules.items()
-        if _convertible(module) and not name.startswith(inside)
+        name: module for name, module in modules.items() if _convertible(module) and not name.startswith(inside)
     }
     chosen = {name: module for name, module in candidates.items() if selected(name, module)}
     if where is not None and not chosen:

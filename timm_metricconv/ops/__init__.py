@@ -85,9 +85,7 @@ def _check(
             f"weight: shape {tuple(weight.shape)} with groups={groups} does not fit an input of {x.shape[1]} channels."
         )
     size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
-    out = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    out = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else weight.shape[2]
     expected = (x.shape[0], taps, 2, out[0], out[1])
     if tuple(positions.shape) != expected:

@@ -235,7 +235,9 @@ def image_paths(config: DenoiseConfig, train: bool) -> List[str]:
 
 
 def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    # current_accelerator() also names one that the build knows and the machine lacks
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 def _filter(cell: Cell, config: DenoiseConfig) -> nn.Module:
