@@ -6,6 +6,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
 
@@ -24,6 +26,7 @@ from .report import console, print_table, write_atomic
 OURS = ("deform", "shifted", "metric")
 # (channels, height = width), DESIGN.md's sizes of ResNet18's stages
 LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
+MODEL_SHAPES = (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32)))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,7 +50,7 @@ class Peer(NamedTuple):
     """A contestant.
 
     Attributes:
-        name: "conv2d", "torchvision_deform", "deform", "shifted" or "metric".
+        name: "conv2d", "torchvision_deform", "deformops", "deform", "shifted" or "metric".
         backend: Of `ops.ball_conv2d`; the library's name for the others.
         module: What is timed.
     """
@@ -57,19 +60,20 @@ class Peer(NamedTuple):
     module: nn.Module
 
 
-class TorchvisionDeform(nn.Module):
-    """The deformable layer as a torchvision user writes it: a predictor and `deform_conv2d`."""
+class DeformPeer(nn.Module):
+    """The deformable layer as its users write it: a predictor and a library's `deform_conv2d`."""
 
-    def __init__(self, layer: BallConv2d):
+    def __init__(self, layer: BallConv2d, function: Callable[..., Tensor]):
         super().__init__()
-        self.layer = layer
+        self.layer, self.function = layer, function
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
         layer = self.layer
-        return deform_conv2d(
-            x, layer.predictor(x), layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation
-        )
+        # torchvision has no kernel of half precision for CPUs
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+        tensors = (tensor.to(dtype) for tensor in (x, layer.predictor(x), layer.weight, layer.bias))
+        return self.function(*tensors, layer.stride, layer.padding, layer.dilation).to(x.dtype)
 
 
 def _randomise(module: nn.Module) -> nn.Module:
@@ -96,7 +100,11 @@ def _layer_peers(config: BenchmarkConfig, channels: int, stride: int, backends: 
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, channels, **arguments)
     yield Peer("conv2d", "torch", conv)
-    yield Peer("torchvision_deform", "torchvision", TorchvisionDeform(_randomise(LAYERS["deform"].from_conv(conv))))
+    deform = _randomise(LAYERS["deform"].from_conv(conv))
+    yield Peer("torchvision_deform", "torchvision", DeformPeer(deform, deform_conv2d))
+    if config.device == "cuda" and find_spec("deformops"):
+        function = import_module("deformops.integrations.torchvision").deform_conv2d
+        yield Peer("deformops", "deformops", DeformPeer(deform, function))
     for name in OURS:
         for backend in backends:
             yield Peer(name, backend, _randomise(LAYERS[name].from_conv(conv, backend=backend)))
@@ -126,7 +134,7 @@ def check_against_reference(peer: Peer, x: Tensor) -> None:
     Raises:
         RuntimeError: They differ by more than the dtype explains; such a backend must not be timed.
     """
-    layer = peer.module.layer if isinstance(peer.module, TorchvisionDeform) else peer.module
+    layer = peer.module.layer if isinstance(peer.module, DeformPeer) else peer.module
     if not isinstance(layer, BallConv2d):
         return
     backend, layer.backend = layer.backend, "reference"
@@ -196,6 +204,8 @@ def _peak_mb(step: Callable[[], None], device: str) -> float:
 def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List[Peer]) -> List[Dict[str, Any]]:
     records = []
     for direction in ("forward", "forward_backward"):
+        for peer in peers:
+            peer.module.train(direction == "forward_backward")
         steps = {peer[:2]: _step(peer, x, direction) for peer in peers}
         for step in steps.values():
             step()
@@ -225,12 +235,9 @@ def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List
     return records
 
 
-def _ready(peers: Iterator[Peer], config: BenchmarkConfig, train: bool) -> List[Peer]:
-    ready = []
-    for peer in peers:
-        module = peer.module.to(config.device, DTYPES[config.dtype]).to(memory_format=torch.channels_last)
-        ready.append(peer._replace(module=module.train(train)))
-    return ready
+def _ready(peers: Iterator[Peer], config: BenchmarkConfig) -> List[Peer]:
+    moved = {"device": config.device, "dtype": DTYPES[config.dtype], "memory_format": torch.channels_last}
+    return [peer._replace(module=peer.module.to(**moved)) for peer in peers]
 
 
 def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...], Callable[[], Iterator[Peer]]]]:
@@ -244,9 +251,25 @@ def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...],
     if config.what in ("model", "all"):
         backends = _backends(config, reference=False)
         for model in config.models:
-            for stem, shape in (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32))):
+            for stem, shape in MODEL_SHAPES:
                 label = f"{model} {'x'.join(map(str, shape))}"
                 yield "model", label, shape, partial(_model_peers, config, model, stem, backends)
+
+
+def _row(record: Dict[str, Any], device: str) -> Dict[str, Any]:
+    """What a table for people has room for. A CPU's milliseconds say nothing about another's; ratios do."""
+    time = {"ms": round(record["median_ms"], 3)} if device == "cuda" else {}
+    return {
+        "shape": record["shape"],
+        "pass": {"forward": "fwd", "forward_backward": "fwd+bwd"}[record["direction"]],
+        "peer": record["peer"],
+        "backend": record["backend"],
+        **time,
+        "÷ conv": round(record["ratio_to_conv"], 2),
+        "÷ tv deform": round(record["ratio_to_torchvision_deform"], 3),
+        "IQR %": round(100 * record["spread_ms"] / record["median_ms"], 1),
+        "peak MB": round(record["peak_mb"], 1),
+    }
 
 
 def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
@@ -267,7 +290,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         torch.manual_seed(0)
         x = torch.randn(shape, device=config.device, dtype=DTYPES[config.dtype])
         x = x.contiguous(memory_format=torch.channels_last)
-        ready = _ready(peers(), config, train=what == "model")
+        ready = _ready(peers(), config)
         if what == "layer":
             for peer in ready:
                 check_against_reference(peer, x[:1])
@@ -276,19 +299,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         records += _time(config, what, label, x, ready)
         if config.output:
             write_atomic(config.output, json.dumps(records, indent=2) + "\n")
-    rows = [
-        {
-            "shape": record["shape"],
-            "direction": record["direction"],
-            "peer": record["peer"],
-            "backend": record["backend"],
-            "ms": f"{record['median_ms']:.2f} ± {record['spread_ms']:.2f}",
-            "÷ conv": round(record["ratio_to_conv"], 2),
-            "÷ torchvision": round(record["ratio_to_torchvision_deform"], 3),
-            "peak MB": round(record["peak_mb"], 1),
-        }
-        for record in records
-    ]
+    rows = [_row(record, config.device) for record in records]
     threads = f"{torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name()
     print_table(rows, f"{config.device} ({threads}), {config.dtype}, torch {torch.__version__}")
     return records
