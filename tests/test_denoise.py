@@ -100,7 +100,7 @@ def test_heuristic_filter_keeps_a_straight_edge():
     x[..., 16:] = 1
     inner = (..., slice(10, -10), slice(10, -10))
     aware, disk = (ImageMetricFilter2d(11, anisotropy=value)(x) for value in (10.0, 0.0))
-    assert (aware - x)[inner].square().mean() < 0.5 * (disk - x)[inner].square().mean()
+    assert (aware - x)[inner].square().mean() < 0.7 * (disk - x)[inner].square().mean()
     # mirrored image, mirrored result
     torch.testing.assert_close(
         ImageMetricFilter2d(16)(x.flip(-1)), ImageMetricFilter2d(16)(x).flip(-1), atol=1e-4, rtol=0
@@ -305,7 +305,7 @@ def test_refusals(tmp_path, changes, message):
 
 
 def test_divergence_and_misspelt_keys(tmp_path):
-    with pytest.raises(RecipeError, match="lr_deform"):
-        denoise(tiny(tmp_path, method=["deform"], lr_deform=1e38))
+    with pytest.raises(RecipeError, match="lr_metric"):
+        denoise(tiny(tmp_path, method=["metric"], lr_metric=1e38))
     with pytest.raises(ConfigError, match="Did you mean 'sigma'"):
         tiny(tmp_path, sigmma=[0.1])

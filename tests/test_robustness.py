@@ -423,6 +423,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 200

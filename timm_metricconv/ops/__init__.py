@@ -99,7 +99,8 @@ def _check(
 
 def _autocast(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    available = torch.amp.is_autocast_available(device)  # "meta" has none
+    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -82,7 +82,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
 
 
 def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
-    """A YAML file that holds a mapping."""
+    """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs."""
     try:
         data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -93,7 +93,8 @@ def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
-    return data
+    base = data.pop("base", None)
+    return data if base is None else _merge(read_yaml(Path(path).parent / base), data)
 
 
 def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
@@ -150,8 +151,7 @@ def _help(cls: type, description: str) -> str:
 def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequence[str]] = None) -> C:
     """The configuration that `--config FILE` and the overrides after it describe.
 
-    A file may name another as `base: other.yaml` (beside it) and then only says what differs. A configuration with a
-    field `name` gets the file's name there unless it says otherwise.
+    A configuration with a field `name` gets the file's name there unless it says otherwise.
 
     Raises:
         ConfigError: See `build`.
@@ -165,8 +165,6 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
     values: Dict[str, Any] = {}
     if path is not None:
         values = read_yaml(path)
-        while "base" in values:
-            values = _merge(read_yaml(Path(path).parent / values.pop("base")), values)
         if any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
             values.setdefault("name", Path(path).stem)
     return build(cls, _merge(values, overrides), where=str(path or "command line"))
