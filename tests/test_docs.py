@@ -1,0 +1,176 @@
+"""README and docs: their code runs, their commands parse, their files exist, and the API page's names resolve."""
+
+import inspect
+import os
+import pkgutil
+import re
+import runpy
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from timm_metricconv import MetricConv2d
+from timm_metricconv.recipes.config import ConfigError, build, from_command_line
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# What the code of a page imports besides the package's own dependencies.
+NEEDS = {"quickstart": ("accelerate", "rich", "sklearn"), "export": ("onnx", "onnxscript")}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:python|accelerate launch [^`\n]*?) ?\bscripts/(\w+)\.py([^`\n]*)")
+FILE = re.compile(
+    r"(?<![\w/.])(?:configs|scripts|docs|tests|timm_metricconv|\.ci)/[\w./*-]*\.(?:yaml|py|md|png|json)\b"
+)
+MODULE = re.compile(r"(?<![\w/])(?:geometry|layers|models|ops|recipes)/\w+\.py\b")
+TEST = re.compile(r"(?<![\w/])test_\w+\.py\b")
+
+
+def ids(path):
+    return path.stem
+
+
+def run_blocks(page):
+    """Runs a page's code in the current folder, all blocks in one namespace, which is returned."""
+    text, namespace = page.read_text(), {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        # empty lines in front, so that a traceback has the page's line numbers
+        source = "\n" * text[: block.start(1)].count("\n") + block[1]
+        exec(compile(source, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=ids)
+def test_code_runs(page, tmp_path, monkeypatch):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package, reason=f"{page.name} shows {package}")
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page)
+    torch._dynamo.reset()
+
+
+def script_config(name):
+    """The configuration class of a script."""
+    for package in ("accelerate", "rich"):
+        pytest.importorskip(package, reason="the scripts need the extra [demo]")
+    namespace = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
+    return next(value for key, value in namespace.items() if key.endswith("Config"))
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+
+
+def parse(cls, words):
+    """The configuration that a command line gives, its dictionaries checked against what they are passed to."""
+    config = from_command_line(cls, "", words)
+    training = [config]
+    if hasattr(config, "train"):
+        train_config = script_config("train")
+        training += [build(train_config, {**config.train, **config.source})]
+    for one in training:
+        layer = getattr(one, "model_args", {}).get("conv_cfg", {})
+        assert set(layer) <= set(inspect.signature(MetricConv2d).parameters)
+    return config
+
+
+def comments(path):
+    """The comments of a YAML file, as lines."""
+    return "\n".join(line.partition("#")[2] for line in path.read_text().splitlines() if "#" in line)
+
+
+def commands(text):
+    """(script, words) of each command in a text."""
+    for name, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        yield name, shlex.split(rest.split("&&")[0], comments=True)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=ids)
+def test_commands_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.read_text() if page.suffix == ".md" else comments(page)
+    for name, words in commands(text):
+        assert name in SCRIPTS, f"there is no scripts/{name}.py"
+        if "--help" not in words:
+            parse(script_config(name), words)
+
+
+def accepts(script, words):
+    try:
+        parse(script_config(script), words)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_options_in_prose_exist():
+    """`--half true`, `--train.epochs 30`: each is a key of some script."""
+    keys = {field.name for name in SCRIPTS for field in fields(script_config(name))} | {"config", "help", "key"}
+    for page in PAGES:
+        assert set(re.findall(r"`--(\w+)", page.read_text())) <= keys, page.name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_configurations_and_the_options_in_their_comments(path):
+    """Each file belongs to a script, and that script has the keys that the file's comments name."""
+    owners = [name for name in SCRIPTS if accepts(name, ["--config", str(path)])]
+    assert owners
+    keys = {field.name for name in owners for field in fields(script_config(name))} | {"config"}
+    launch = {"multi_gpu", "num_processes"}
+    assert {word.split(".")[0] for word in re.findall(r"--(\w[\w.]*)", comments(path))} <= keys | launch
+
+
+def test_commands_are_found():
+    """The tests above see the commands: guards the regular expression."""
+    found = [name for page in [*PAGES, *CONFIGS] for name, _ in commands(page.read_text())]
+    assert set(found) == set(SCRIPTS) and len(found) > 30
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=ids)
+def test_files_and_links_exist(page):
+    text = page.read_text()
+    places = [ROOT / mention for mention in FILE.findall(text)]
+    places += [ROOT / "timm_metricconv" / mention for mention in MODULE.findall(text)]
+    places += [ROOT / "tests" / mention for mention in TEST.findall(text)]
+    if page.suffix == ".md":
+        links = re.findall(r"\]\(([^)\s]+)\)", text)
+        places += [page.parent / link.partition("#")[0] for link in links if "://" not in link]
+    missing = [os.path.relpath(place, ROOT) for place in places if not list(ROOT.glob(os.path.relpath(place, ROOT)))]
+    assert not missing
+
+
+def test_navigation_has_every_page():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = {page for entry in navigation for page in entry.values()}
+    assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_api_page_names_what_there_is():
+    pytest.importorskip("accelerate", reason="the recipes need the extra [demo]")
+    text = (ROOT / "docs" / "api.md").read_text()
+    entries = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
+    assert len(entries) > 30
+    for name, options in entries:
+        found = pkgutil.resolve_name(name)
+        for member in re.findall(r"\w+", "".join(re.findall(r"members: \[(.*)\]", options))):
+            assert hasattr(found, member), f"{name} has no {member}"
+
+
+def test_batch_independence_script(tmp_path, monkeypatch):
+    """Its mixed ball is the page's formula, and it runs."""
+    for package in ("accelerate", "rich", "sklearn"):
+        pytest.importorskip(package, reason="the script trains")
+    monkeypatch.chdir(ROOT)
+    script = runpy.run_path("docs/batch_independence.py")
+    page = run_blocks(ROOT / "docs" / "batch_independence.md")
+    layer, x = page["layer"], page["x"]
+    layer.__class__ = script["MixedConv2d"]
+    mixed = layer.positions(x)
+    layer.__class__ = MetricConv2d
+    torch.testing.assert_close(mixed, page["positions"](x, mixed=True), rtol=1e-4, atol=1e-5)
+    script["DATA"]["digits"]["data"] = "digits/0-1"  # fewer images
+    result = script["run"]("digits", {"eps_omega": 0.9}, mixed=True, epochs=1, seed=0, folder=str(tmp_path))
+    assert all(0 <= value <= 100 for value in result.values()) and len(result) == 7
