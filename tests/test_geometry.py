@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md §3 and §4, for every parametrization, drift and pattern."""
+"""The laws of patterns, metrics and drifts, for every parametrization, drift and pattern."""
 
 import math
 from itertools import product
@@ -210,7 +210,7 @@ def cholesky(raw):
     return l @ l.T
 
 
-# The table of DESIGN.md §4, one raw vector at a time.
+# The paper's formulas written once more, one raw vector at a time.
 FORMULAS = {
     "logspd": bounded,
     "cholesky": cholesky,

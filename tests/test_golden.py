@@ -1,4 +1,4 @@
-"""Layers computed by the authors' code at batch size 1 (DESIGN.md §7): geometry, output and gradients."""
+"""Layers computed by the authors' code at batch size 1: geometry, output and gradients."""
 
 import re
 from pathlib import Path

@@ -282,7 +282,7 @@ def test_learning_starts_at_the_identity(variant):
         assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-PAPER_ROWS = {  # DESIGN.md §4: row → value of the predictor's weight; rows not named keep nn.Conv2d's
+PAPER_ROWS = {  # the authors' initialisation: row → value of the predictor's weight; rows not named keep nn.Conv2d's
     "cholesky": {0: 1 / 36, 2: 1 / 36, 1: 1e-6, 3: 1e-6, 4: 1e-6},
     "ldl": {1: 1 / 36, 2: 1 / 36, 0: 1e-6, 3: 1e-6, 4: 1e-6},
     "spectral": {},

@@ -484,7 +484,7 @@ def test_a_checkpoint_without_a_classifier_is_refused(tmp_path):
 @pytest.mark.parametrize("size", ["resnet18", "resnet50"])
 @families
 def test_papers_network(family, size):
-    """DESIGN.md §5, written out: the last stage keeps its resolution, its later predictors have dilation 2."""
+    """The paper's layout, written out: the last stage keeps its resolution, its later predictors have dilation 2."""
     model = timm.create_model(f"{size}_{family}", stem="cifar", num_classes=10, **PAPER)
     conv1 = model.conv1
     assert (conv1.kernel_size, conv1.stride, conv1.padding, conv1.bias) == ((3, 3), (1, 1), (1, 1), None)

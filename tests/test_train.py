@@ -19,8 +19,9 @@ import numpy as np
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from timm_metricconv import BallConv2d
+from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.data import evaluation_crop
 from timm_metricconv.recipes.train import (
     TrainConfig,
     TrainingDiverged,
@@ -304,3 +305,17 @@ def test_textures_do_not_overlap():
     seen = {image.tobytes() for image in train_set.images}
     assert not any(image.tobytes() in seen for image in val_set.images)
     assert len(train_set) == 3 * 16 * 11 and len(val_set) == 3 * 16 * 4 and set(val_set.labels) == {0, 1, 2}
+
+
+def test_tuples_in_the_arguments_do_not_make_another_run(tmp_path, images):
+    """A configuration read back from YAML has lists where Python's `PAPER` has tuples."""
+    config = tiny(tmp_path, images, epochs=1, model_args={"stem": "cifar", "conv_cfg": PAPER["conv_cfg"]})
+    assert train(config, quiet=True) == train(config, quiet=True)
+
+
+def test_saved_model_knows_how_it_was_validated(tmp_path, images):
+    train(tiny(tmp_path, images, epochs=1, crop_pct=0.9, interpolation="bilinear"), quiet=True)
+    cfg = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True).pretrained_cfg
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (0.9, "bilinear")
+    own = timm.create_model("test_resnet_metric").pretrained_cfg
+    assert evaluation_crop(TrainConfig(), own) == (own["crop_pct"], own["interpolation"])

@@ -80,7 +80,7 @@ def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, ti
 
 @dataclass(frozen=True)
 class Parametrization:
-    """A row of the table in DESIGN.md §4.
+    """One way from raw channels to a metric.
 
     Attributes:
         function: Raw channels to metric.

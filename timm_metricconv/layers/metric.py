@@ -113,7 +113,7 @@ class MetricConv2d(BallConv2d):
         self.reset_parameters()
 
     def reset_predictor(self) -> None:
-        """Identity: weight zero, and the bias for which M = I, ω = 0. Paper: the rows of DESIGN.md §4, bias zero."""
+        """Identity: weight zero, and the bias for which M = I, ω = 0. Paper: the authors' rows, bias zero."""
         row = PARAMETRIZATIONS[self.parametrization]
         weight, bias = self.predictor.weight, self.predictor.bias
         if self.init == "identity":

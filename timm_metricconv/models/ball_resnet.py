@@ -17,7 +17,7 @@ from ..layers import BallConv2d
 from .checkpoints import checkpoint_filter_fn
 from .convert import convert
 
-# The arguments that give the paper's network (DESIGN.md §5), for all three families.
+# The arguments that give the paper's network, for all three families.
 PAPER: Dict[str, Any] = {
     "layout": "paper",
     "conv_cfg": {

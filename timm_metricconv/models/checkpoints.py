@@ -10,7 +10,7 @@ from ..layers import BallConv2d
 
 _logger = logging.getLogger(__name__)
 
-# The names that the authors' code gives to the parts of a layer, DESIGN.md §5.
+# The names that the authors' code gives to the parts of a layer.
 AUTHORS_NAMES = (
     (re.compile(r"\.ker$"), ".weight"),
     (re.compile(r"\.intermediate_Mw\."), ".predictor."),

@@ -24,7 +24,7 @@ from .config import ConfigError, option
 from .report import console, print_table, write_atomic
 
 OURS = ("deform", "shifted", "metric")
-# (channels, height = width), DESIGN.md's sizes of ResNet18's stages
+# (channels, height = width), of ResNet18's stages
 LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 MODEL_SHAPES = (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32)))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

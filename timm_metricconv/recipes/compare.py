@@ -1,6 +1,5 @@
 """The fair comparison: the same network, data and training with each convolution, warm-started and from scratch."""
 
-import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
-from .config import ConfigError, build, option
+from .config import ConfigError, build, option, plain
 from .data import class_count, image_size, make_datasets
 from .report import console, print_table, save_figure, write_atomic, write_summary
 from .train import TrainConfig, _read_curves, parameter_counts, train
@@ -195,7 +194,7 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     if f"{config.model}_metric" not in list_models("*_metric"):
         known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
         raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")
-    write_atomic(config.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_atomic(config.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     checkpoint = _source_checkpoint(config)
     cells = list(_cells(config))
     total, done, records = len(cells) * len(config.seeds), 0, []

@@ -97,6 +97,11 @@ def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
     return data if base is None else _merge(read_yaml(Path(path).parent / base), data)
 
 
+def plain(config: Any) -> Dict[str, Any]:
+    """A configuration as its file gives it back: tuples are lists."""
+    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
 def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
     """The configuration `cls` with `values`, each checked against its field's type.
 
@@ -143,7 +148,7 @@ def _merge(base: Dict[str, Any], update: Dict[str, Any]) -> Dict[str, Any]:
 def _help(cls: type, description: str) -> str:
     lines = [description, "", "usage: --config FILE.yaml [--key value ...]; keys, which the file may hold as well:", ""]
     for field in dataclasses.fields(cls):
-        default = field.default if field.default is not dataclasses.MISSING else "{}"
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         lines.append(f"  --{field.name:<22} {field.metadata.get('help', '')} (default: {default})")
     return "\n".join(lines)
 

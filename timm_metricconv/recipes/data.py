@@ -34,7 +34,8 @@ class DataConfig:
     color_jitter: float = option(0.0, "strength of colour jitter")
     auto_augment: Optional[str] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
     re_prob: float = option(0.0, "probability of random erasing")
-    crop_pct: float = option(1.0, "centre crop of the validation images")
+    crop_pct: Optional[float] = option(None, "centre crop of the validation images; by default the model's own")
+    interpolation: Optional[str] = option(None, "resizing; by default the model's own, in training random")
     batch_size: int = option(128, "images in a batch, on each device")
     workers: int = option(2, "loader processes; 0 loads in the training process")
 
@@ -140,6 +141,11 @@ def normalisation(config: DataConfig, pretrained_cfg: dict) -> Tuple[Tuple[float
     return tuple(config.mean or theirs[0]), tuple(config.std or theirs[1])
 
 
+def evaluation_crop(config: DataConfig, pretrained_cfg: dict) -> Tuple[float, str]:
+    """(crop_pct, interpolation) of validation images: the configured, else the model's own."""
+    return config.crop_pct or pretrained_cfg["crop_pct"], config.interpolation or pretrained_cfg["interpolation"]
+
+
 def image_size(config: DataConfig, pretrained_cfg: dict) -> int:
     """Edge of the input images: the configured, else the model's."""
     return config.input_size or pretrained_cfg["input_size"][-1]
@@ -159,7 +165,7 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
     if train and hasattr(dataset, "__len__") and len(dataset) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
     mean, std = normalisation(config, pretrained_cfg)
-    size = image_size(config, pretrained_cfg)
+    size, (crop, interpolation) = image_size(config, pretrained_cfg), evaluation_crop(config, pretrained_cfg)
     return create_loader(
         dataset,
         input_size=(3, size, size),
@@ -174,7 +180,8 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
         mean=mean,
         std=std,
         num_workers=config.workers,
-        crop_pct=config.crop_pct,
+        crop_pct=crop,
+        interpolation=config.interpolation or "random" if train else interpolation,
         # accelerate moves the batches
         use_prefetcher=False,
         persistent_workers=False,

@@ -1,6 +1,5 @@
 """Denoising with one adaptive layer: the paper's generalisation gap on a single image, and filters for a data set."""
 
-import dataclasses
 import functools
 import io
 import math
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..layers.filters import DeformFilter2d, MetricFilter2d
 from ..viz import load_image, strong_edges
-from .config import ConfigError, RecipeError, option
+from .config import ConfigError, RecipeError, option, plain
 from .report import console, print_table, save_figure, write_atomic, write_summary
 
 Variant = Tuple[str, Optional[float]]
@@ -517,7 +516,7 @@ def _frame(x: float, y: float, reach: float):
 
 def _same_experiment(config: DenoiseConfig) -> None:
     """Refuses to mix finished rows with those of another configuration; rows may be added."""
-    path, resolved = config.folder / "config.yaml", dataclasses.asdict(config)
+    path, resolved = config.folder / "config.yaml", plain(config)
     if path.exists():
         begun = yaml.safe_load(path.read_text())
         rows = ("name", "output", "method", "eps_omega", "kernel", "k", "sigma", "workers", "data_dir")

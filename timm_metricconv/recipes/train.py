@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -29,8 +28,8 @@ from torch.utils.data import DataLoader
 from ..layers import BallConv2d
 from ..models import checkpoint_filter_fn
 from ..models.ball_resnet import BallResNet
-from .config import ConfigError, RecipeError, option
-from .data import DataConfig, class_count, image_size, make_datasets, make_loader, normalisation
+from .config import ConfigError, RecipeError, option, plain
+from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
 from .report import console, csv_text, print_table, write_atomic
 
 # Steps between two looks at the loss: a look waits for the device.
@@ -142,7 +141,7 @@ def is_predictor(name: str) -> bool:
 
 
 def predictor_regulariser(model: nn.Module) -> Tensor:
-    """The mean over layers and over {weight, bias} of mean |parameter| (the authors' regulariser, DESIGN.md §7)."""
+    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts)."""
     terms = [
         sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
         for layer in adaptive_layers(model)
@@ -219,10 +218,11 @@ def save_model(model: nn.Module, config: DataConfig, folder: Path) -> None:
     target, temporary = folder / "model", folder / "model.tmp"
     mean, std = normalisation(config, model.pretrained_cfg)
     size = image_size(config, model.pretrained_cfg)
-    data_config = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": config.crop_pct}
+    crop, interpolation = evaluation_crop(config, model.pretrained_cfg)
+    image = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
     # safetensors refuses channels-last strides
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    timm.models.save_for_hf(plain, str(temporary), safe_serialization=True, data_config=data_config)
+    timm.models.save_for_hf(plain, str(temporary), safe_serialization=True, data_config=image)
     target.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
         os.replace(file, target / file.name)
@@ -432,7 +432,7 @@ def train(
         ConfigError: The configuration cannot be used, or the folder holds another run.
         TrainingDiverged: The loss is not finite; the last good checkpoint is kept.
     """
-    folder, resolved = config.folder, dataclasses.asdict(config)
+    folder, resolved = config.folder, plain(config)
     _same_run(folder, resolved)
     if (folder / "summary.json").exists():
         return json.loads((folder / "summary.json").read_text())
