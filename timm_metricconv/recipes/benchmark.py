@@ -1,6 +1,7 @@
 """What the convolutions cost, side by side in one run: checked against the reference, then timed in turns."""
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -283,6 +284,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         ConfigError: The device or a backend is not there.
         RuntimeError: A backend does not agree with the reference.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would talk into the progress bar
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no GPU here; `python -m timm_metricconv` says what it sees.")
     records: List[Dict[str, Any]] = []

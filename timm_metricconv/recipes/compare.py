@@ -169,6 +169,7 @@ def plot_curves(config: CompareConfig):
         axes.grid(alpha=0.3)
     for axes in panels[-1]:
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
         row[0].set_ylabel("validation top-1 (%)")
     panels[0][0].legend(loc="lower right")
