@@ -20,7 +20,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(module, "LAYER_SHAPES", ((8, 9),))
-    monkeypatch.setattr(module, "MODEL_SHAPES", (("cifar", (1, 3, 8, 8)),))
+    monkeypatch.setattr(module, "MODEL_SHAPES", (("cifar", (2, 3, 8, 8)),))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -42,7 +42,7 @@ def test_layers(tmp_path, dtype):
 def test_models():
     records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", "deform", "shifted", "metric"}
-    assert {record["shape"] for record in records} == {"test_resnet 1x3x8x8"}
+    assert {record["shape"] for record in records} == {"test_resnet 2x3x8x8"}
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
