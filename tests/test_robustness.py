@@ -439,7 +439,9 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
     finally:
         process.kill()
     assert process.returncode == 1
-    assert errors == "interrupted: the same command goes on from the last checkpoint.\n"
+    # a lost interrupt leaves Python's own note about it
+    assert errors.endswith("interrupted: the same command goes on from the last checkpoint.\n")
+    assert "Exception ignored" in errors or errors.count("\n") == 1
     assert not (config.folder / "summary.json").exists()
     trainer = recipes["module"]
     checkpoints = trainer._Checkpoints(config.folder, trainer._Trainer(config, True, None).accelerator)
