@@ -176,8 +176,8 @@ def test_fvcore_counts_the_gather():
     fvcore = pytest.importorskip("fvcore.nn", reason="needs fvcore")
 
     def gather(inputs, outputs):
-        image, positions, weight = (value.type().sizes() for value in inputs[:3])
-        samples = positions[0] * positions[1] * positions[3] * positions[4]
+        image, source, weight = (value.type().sizes() for value in inputs[:3])
+        samples = source[0] * source[-2] * source[-1] * weight[2] * weight[3]
         return samples * (4 * image[1] + weight[0] * weight[1])
 
     layer = MetricConv2d(8, 16, 3, stride=2)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_metricconv.ops import BACKENDS, ball_conv2d
+from timm_metricconv import MetricConv2d
+from timm_metricconv.geometry import PATTERNS, randers
+from timm_metricconv.ops import BACKENDS, ball_conv2d, fuses_metric, gather, metric_conv2d
 
 RUNNABLE = [name for name, backend in BACKENDS.items() if backend.why_not("cpu", 4) is None]
 backends = pytest.mark.parametrize("backend", RUNNABLE)
@@ -172,6 +174,20 @@ def test_many_slabs(backend):
     actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
     reference = functools.partial(ball_conv2d, backend="reference")
     compare(actual, outputs_and_gradients(reference, tensors, arguments, torch.float64), 1e-4)
+
+
+@pytest.mark.parametrize(("samples", "slab_bytes"), [(1, 1), (100, 1), (300, 3000), (2**17, 700)])
+@pytest.mark.parametrize(
+    "case", ["plain", "batch of 3", "stride, pairs", "mask, groups, stride", "free taps", "one row"]
+)
+def test_pieces_of_any_size(case, samples, slab_bytes, monkeypatch):
+    """However few samples are planned, and columns held, at a time."""
+    monkeypatch.setattr(gather, "PLAN_SAMPLES", samples)
+    monkeypatch.setattr(gather, "SLAB_BYTES", slab_bytes)
+    tensors, arguments = problem(**{"batch": 3, "size": (9, 7), "out_channels": 2} | CASES[case])
+    actual = outputs_and_gradients(functools.partial(ball_conv2d, backend="gather"), tensors, arguments)
+    reference = functools.partial(ball_conv2d, backend="reference")
+    compare(actual, outputs_and_gradients(reference, tensors, arguments), 1e-10)
 
 
 @backends
@@ -454,3 +470,110 @@ def test_default_is_the_first_that_can_run(monkeypatch):
     for name in RUNNABLE:
         ball_conv2d(**tensors, **arguments, backend=name)
     assert called == ["gather", *RUNNABLE]
+
+
+# --- the way around the positions: straight from metrics -------------------------------------------------------------
+
+METRICS = {
+    "lattice": {},
+    "onion, ε": {"pattern": "onion", "eps": 1e-6},
+    "polar, stride, groups": {"pattern": "polar", "stride": 2, "groups": 2},
+    "no drift": {"eps_omega": 1.0},
+    "at the bound": {"drift": 1.5},
+    "mask": {"mask": True, "batch": 3},
+    "even kernel": {"kernel_size": (2, 2)},
+    "dilation": {"dilation": 2, "padding": 2},
+    "one pixel": {"size": (1, 1)},
+    "batch of 1": {"batch": 1, "size": (7, 5)},
+}
+
+
+def metric_problem(pattern="lattice", eps_omega=0.3, eps=0.0, drift=0.2, **others):
+    """Leaves with `fields` for positions, the arguments, and the function from those leaves by way of positions."""
+    tensors, arguments = problem(**others)
+    taps, out = tensors["positions"].shape[1], tensors["positions"].shape[3:]
+    dtype, k = tensors["positions"].dtype, math.isqrt(taps)
+    dilation = pair(arguments["dilation"])
+    directions, radii = (t.to(dtype) for t in PATTERNS[pattern](k, dilation))
+    points, directions = (radii[:, :, None] * directions).flatten(0, 1), directions.repeat(len(radii), 1)
+    l0, l1, l2 = (1 + 0.2 * torch.randn(len(tensors["x"]), *out, dtype=dtype) for _ in range(3))
+    omega = drift * torch.randn(2, len(tensors["x"]), *out, dtype=dtype)
+    fields = torch.stack((l0 * l0, 0.5 * l0 * l1, l1 * l1 + l2 * l2, *omega), 1)
+    leaves = {"x": tensors["x"], "fields": fields} | {key: tensors[key] for key in ("weight", "bias", "mask")}
+
+    def fused(x, fields, weight, bias, mask, stride, padding, dilation, groups, backend="gather"):
+        geometry = pair(stride), pair(padding), pair(dilation), groups
+        return metric_conv2d(x, fields, points, weight, bias, mask, *geometry, eps_omega, eps, backend)
+
+    def by_positions(fields, **others):
+        a, b, d = fields[:, 0], fields[:, 1], fields[:, 2]
+        finsler = randers(directions, (a, b, d, (a * d - b * b).sqrt()), fields[:, 3:].movedim(1, -1), eps_omega)
+        positions = (points / (finsler + eps)[..., None]).permute(0, 3, 4, 1, 2)
+        return ball_conv2d(positions=positions, backend="reference", **others)
+
+    return leaves, arguments, fused, by_positions
+
+
+@pytest.mark.parametrize("case", METRICS)
+def test_metric_entry_equals_its_positions(case):
+    leaves, arguments, fused, by_positions = metric_problem(**METRICS[case])
+    expected = outputs_and_gradients(by_positions, leaves, arguments)
+    compare(outputs_and_gradients(fused, leaves, arguments), expected, 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("case", ["lattice", "mask", "polar, stride, groups"])
+def test_metric_entry_in_low_precision(case, dtype, tolerance):
+    leaves, arguments, fused, by_positions = metric_problem(**{"size": (9, 8)} | METRICS[case], dtype=dtype)
+    actual = outputs_and_gradients(fused, leaves, arguments)
+    assert actual["out"].dtype == dtype and actual["fields"].dtype == torch.float32
+    compare(actual, outputs_and_gradients(by_positions, leaves, arguments, torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("case", ["lattice", "no drift", "mask"])
+def test_metric_entry_gradcheck(case):
+    leaves, arguments, fused, _ = metric_problem(**{"size": (3, 2), "out_channels": 2} | METRICS[case])
+    leaves = {key: None if value is None else value.requires_grad_() for key, value in leaves.items()}
+    assert torch.autograd.gradcheck(lambda *values: fused(*values, **arguments), tuple(leaves.values()))
+
+
+def test_metric_entry_in_pieces_and_strides(monkeypatch):
+    """Fields of any memory layout, planned a line at a time."""
+    monkeypatch.setattr(gather, "PLAN_SAMPLES", 1)
+    monkeypatch.setattr(gather, "SLAB_BYTES", 1)
+    leaves, arguments, fused, by_positions = metric_problem(mask=True, batch=3, out_channels=2)
+    expected = outputs_and_gradients(by_positions, leaves, arguments)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        laid = {key: t.contiguous(memory_format=layout) if t.dim() == 4 else t for key, t in leaves.items()}
+        compare(outputs_and_gradients(fused, laid, arguments), expected, 1e-9)
+
+
+def test_metric_entry_opcheck():
+    leaves, arguments, *_ = metric_problem(mask=True, groups=2, dtype=torch.float32)
+    points = torch.randn(9, 2)
+    x, fields, weight, bias, mask = (value.requires_grad_() for value in leaves.values())
+    tail = [list(pair(arguments[key])) for key in ("stride", "padding", "dilation")] + [arguments["groups"]]
+    forward, backward = torch.ops.timm_metricconv.gather_conv2d, torch.ops.timm_metricconv.gather_conv2d_backward
+    torch.library.opcheck(forward.default, (x, fields, weight, bias, mask, *tail, points, 0.3, 1e-6))
+    x, fields, weight, mask = (value.detach() for value in (x, fields, weight, mask))
+    grad = torch.randn(2, 6, 5, 4)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        arguments = (grad, x, fields, weight, mask, *tail, *needs, points, 0.3, 1e-6)
+        torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("drift", ["whitened", "sigmoid_norm"])
+@pytest.mark.parametrize("parametrization", ["logspd", "cholesky", "spectral"])
+def test_layer_takes_the_metric_entry(parametrization, drift):
+    """What a layer computes by default is what its positions say."""
+    layer = MetricConv2d(6, 4, 3, stride=2, parametrization=parametrization, drift=drift, pattern="onion")
+    torch.nn.init.normal_(layer.predictor.weight, std=0.2)
+    x = torch.randn(2, 6, 9, 8)
+    assert fuses_metric(x, layer.weight, None)
+    results = []
+    for layer.backend in (None, "reference"):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        gradients = torch.autograd.grad(out.cos().sum(), [leaf, *layer.parameters()])
+        results.append({str(i): t.detach() for i, t in enumerate((out, *gradients))})
+    compare(*results, 1e-4)

@@ -268,11 +268,11 @@ def test_registration():
 
     leaves, arguments, points, _, settings = make_metric(batch=1, k=2, size=(2, 3), c_in=4, c_out=2, groups=groups)
     x, fields, weight, bias, mask = (leaves[name] for name in ("x", "fields", "weight", "bias", "mask"))
-    rest = (*pairs, groups, *settings.values())
-    torch.library.opcheck(ops.triton_metric_conv2d.default, (x, fields, points, weight, bias, mask, *rest))
+    metric = (points, *settings.values())
+    torch.library.opcheck(ops.triton_conv2d.default, (x, fields, weight, bias, mask, *pairs, groups, *metric))
     x, fields, weight, mask = (t.detach() for t in (x, fields, weight, mask))
-    backward = (grad, x, fields, points, weight, mask, *rest, True, True, True)
-    torch.library.opcheck(ops.triton_metric_conv2d_backward.default, backward, test_utils=fake)
+    backward = (grad, x, fields, weight, mask, *pairs, groups, True, True, True, *metric)
+    torch.library.opcheck(ops.triton_conv2d_backward.default, backward, test_utils=fake)
 
 
 def test_flops_are_counted():

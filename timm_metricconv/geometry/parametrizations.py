@@ -73,8 +73,10 @@ def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, ti
     squash = (1 + (q * q + r * r) / (bound * bound)).rsqrt()
     q, r = q * squash, r * squash
     n = (q * q + r * r + tiny).sqrt()  # `tiny` only keeps the derivative finite at zero
-    size = p.exp()
-    mean, slope = size * n.cosh(), size * n.sinh() / n
+    size, growth = p.exp(), n.expm1()
+    # the hyperbolic sine through expm1: as exact, and torch's own is not vectorised
+    sinh = 0.5 * (growth + growth / (growth + 1))
+    mean, slope = size * (1 + growth - sinh), size * sinh / n
     return mean + slope * q, slope * r, mean - slope * q, size
 
 

@@ -152,8 +152,9 @@ class MetricConv2d(BallConv2d):
         value = randers(self.directions, metric, omega, self.eps_omega, self._bounded)
         if not self._bounded:
             value = value + self._eps
+        stretch = value.reciprocal()[:, :, :, None]
         # [2, B, H_out, W_out, R, D]: a plane for x and one for y, as the fast backends like them
-        planes = self.points.permute(2, 0, 1)[:, None, None, None] * value.reciprocal()[:, :, :, None]
+        planes = torch.stack((stretch * self.points[..., 0], stretch * self.points[..., 1]))
         return planes.flatten(4).permute(1, 4, 0, 2, 3)
 
     @torch.jit.unused

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .gather import gather_conv2d
+from .gather import gather_conv2d, gather_metric_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
 from .torchvision_deform import ball_conv2d_torchvision
@@ -40,7 +40,7 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 
 # In order of preference: on the CPU, where Triton's interpreter may run, the first row is always taken.
 BACKENDS: Dict[str, Backend] = {
-    "gather": Backend(gather_conv2d, _gather_why_not),
+    "gather": Backend(gather_conv2d, _gather_why_not, gather_metric_conv2d),
     "triton": Backend(triton_conv2d, _triton_why_not, triton_metric_conv2d),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "grid_sample": Backend(grid_sample_conv2d, lambda device, weight_dim: None),

@@ -6,10 +6,12 @@ from torch.utils.flop_counter import register_flop_formula
 CORNERS = 4
 
 
-def _macs(x_shape, positions_shape, weight_shape) -> tuple:
+def _macs(x_shape, source_shape, weight_shape) -> tuple:
     """Multiply-adds of (the gather, the matrix product)."""
-    batch, count, _, height, width = positions_shape
-    samples = batch * count * height * width
+    taps = 1
+    for size in weight_shape[2:]:
+        taps *= size
+    samples = source_shape[0] * taps * source_shape[-2] * source_shape[-1]
     return CORNERS * samples * x_shape[1], samples * weight_shape[0] * weight_shape[1]
 
 
@@ -17,11 +19,11 @@ def register_flops(forward, backward) -> None:
     """Tells the flop counter what a backend's forward and backward op cost."""
 
     @register_flop_formula(forward)
-    def _forward(x_shape, positions_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * sum(_macs(x_shape, positions_shape, weight_shape))
+    def _forward(x_shape, source_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * sum(_macs(x_shape, source_shape, weight_shape))
 
     @register_flop_formula(backward)
-    def _backward(grad_shape, x_shape, positions_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    def _backward(grad_shape, x_shape, source_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         # two products, and the gather three times: again, against the gradient, and transposed
-        gather, product = _macs(x_shape, positions_shape, weight_shape)
+        gather, product = _macs(x_shape, source_shape, weight_shape)
         return 2 * (3 * gather + 2 * product)

@@ -15,9 +15,8 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .flops import _macs, register_flops
+from .custom_op import Arguments, define, fake_gradients, kernel_format
 from .reference import ball_conv2d_reference, first_centre
 
 try:
@@ -438,19 +437,8 @@ def _join(groups: int, channels: int) -> int:
     return next(n for n in range(1, groups + 1) if groups % n == 0 and (n * channels >= 32 or n == groups))
 
 
-def _problem(
-    x: Tensor,
-    source: Tensor,
-    points: Optional[Tensor],
-    weight: Tensor,
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    eps_omega: float = 1.0,
-    eps: float = 0.0,
-) -> _Problem:
+def _problem(arguments: Arguments) -> _Problem:
+    x, source, weight, mask, stride, padding, dilation, groups, points, eps_omega, eps = arguments
     # one row and column of zeros for one-pixel images: the far corner then always exists
     if x.shape[2] < 2 or x.shape[3] < 2:
         x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
@@ -512,7 +500,8 @@ def _blocks(call: _Problem, most_n: int, most_c: int, stages: int = 1) -> dict:
     }
 
 
-def _forward(call: _Problem, bias: Optional[Tensor]) -> Tensor:
+def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
+    call = _problem(arguments)
     channels, out_channels, group, out_group = call.channels
     taps, out_size = len(call.kernel), call.geometry[2:4]
     out = call.x.new_empty(call.x.shape[0], *out_size, out_channels)
@@ -601,21 +590,14 @@ def _weight_gradient(call: _Problem, grad: Tensor) -> Tensor:
 
 
 def _gradients(
-    call: _Problem,
-    grad: Tensor,
-    x: Tensor,
-    source: Tensor,
-    weight: Tensor,
-    mask: Optional[Tensor],
-    need_x: bool,
-    need_source: bool,
-    need_weight: bool,
+    arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
+    x, source, weight, mask = arguments[:4]
     if not grad.numel():
-        grads = _fake_gradients(x, source, weight, mask, need_x, need_source, need_weight)
+        grads = fake_gradients(x, source, weight, mask, need_x, need_source, need_weight)
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), grads[3].zero_()
-    grad = grad.permute(0, 2, 3, 1).contiguous()
+    call, grad = _problem(arguments), grad.permute(0, 2, 3, 1).contiguous()
     grad_x = grad_source = grad_kernel = grad_mask = None
     with torch.cuda.device_of(x):
         transposed = need_x and torch.are_deterministic_algorithms_enabled()
@@ -637,7 +619,8 @@ def _gradients(
             out_group = weight.shape[0] * weight.shape[1] // x.shape[1]
             blocks = grad_kernel.view(len(grad_kernel), -1, call.joined, out_group, call.joined, weight.shape[1])
             grad_kernel = blocks.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3).flatten(1, 3)
-        grad_kernel = grad_kernel.permute(1, 2, 0).reshape(weight.shape).to(weight.dtype).contiguous()
+        grad_kernel = grad_kernel.permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
+        grad_kernel = grad_kernel.contiguous(memory_format=kernel_format(weight))
 
     def kept(gradient: Optional[Tensor]) -> Tensor:
         return x.new_empty(0) if gradient is None else gradient
@@ -648,178 +631,7 @@ def _gradients(
 # --- ops -------------------------------------------------------------------------------------------------------------
 
 
-def _fake_out(x: Tensor, source: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], source.shape[-2], source.shape[-1], weight.shape[0]).permute(0, 3, 1, 2)
-
-
-def _fake_gradients(x, source, weight, mask, need_x, need_source, need_weight) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    def last(t: Tensor) -> Tensor:
-        order = (0, *range(t.dim() - 2, t.dim()), *range(1, t.dim() - 2))
-        back = (0, *range(3, t.dim()), 1, 2)
-        return t.new_empty([t.shape[i] for i in order]).permute(back)
-
-    return (
-        last(x) if need_x else x.new_empty(0),
-        last(source) if need_source else x.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
-        last(mask) if need_source and mask is not None else x.new_empty(0),
-    )
-
-
-@torch.library.custom_op("timm_metricconv::triton_conv2d", mutates_args=())
-def _conv2d(
-    x: Tensor,
-    positions: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-) -> Tensor:
-    return _forward(_problem(x, positions, None, weight, mask, stride, padding, dilation, groups), bias)
-
-
-@_conv2d.register_fake
-def _(x, positions, weight, bias, mask, stride, padding, dilation, groups):
-    return _fake_out(x, positions, weight)
-
-
-@torch.library.custom_op("timm_metricconv::triton_conv2d_backward", mutates_args=())
-def _conv2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    positions: Tensor,
-    weight: Tensor,
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    need_x: bool,
-    need_positions: bool,
-    need_weight: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _problem(x, positions, None, weight, mask, stride, padding, dilation, groups)
-    return _gradients(call, grad, x, positions, weight, mask, need_x, need_positions, need_weight)
-
-
-@_conv2d_backward.register_fake
-def _(grad, x, positions, weight, mask, stride, padding, dilation, groups, need_x, need_positions, need_weight):
-    return _fake_gradients(x, positions, weight, mask, need_x, need_positions, need_weight)
-
-
-def _setup_context(ctx, inputs, output):
-    x, positions, weight, _, mask, *ctx.arguments = inputs
-    ctx.save_for_backward(x, positions, weight, mask)
-
-
-def _backward(ctx, grad):
-    x, positions, weight, mask = ctx.saved_tensors
-    need_x, need_positions, need_weight, need_bias, need_mask = ctx.needs_input_grad[:5]
-    grad_x, grad_positions, grad_weight, grad_mask = _conv2d_backward(
-        grad, x, positions, weight, mask, *ctx.arguments, need_x, need_positions or need_mask, need_weight
-    )
-    return (
-        grad_x if need_x else None,
-        grad_positions if need_positions else None,
-        grad_weight if need_weight else None,
-        grad.sum((0, 2, 3)) if need_bias else None,
-        grad_mask if need_mask else None,
-        *[None] * 4,
-    )
-
-
-_conv2d.register_autograd(_backward, setup_context=_setup_context)
-register_flops(torch.ops.timm_metricconv.triton_conv2d, torch.ops.timm_metricconv.triton_conv2d_backward)
-
-
-@torch.library.custom_op("timm_metricconv::triton_metric_conv2d", mutates_args=())
-def _metric_conv2d(
-    x: Tensor,
-    fields: Tensor,
-    points: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    eps_omega: float,
-    eps: float,
-) -> Tensor:
-    call = _problem(x, fields, points, weight, mask, stride, padding, dilation, groups, eps_omega, eps)
-    return _forward(call, bias)
-
-
-@_metric_conv2d.register_fake
-def _(x, fields, points, weight, bias, mask, stride, padding, dilation, groups, eps_omega, eps):
-    return _fake_out(x, fields, weight)
-
-
-@torch.library.custom_op("timm_metricconv::triton_metric_conv2d_backward", mutates_args=())
-def _metric_conv2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    fields: Tensor,
-    points: Tensor,
-    weight: Tensor,
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    eps_omega: float,
-    eps: float,
-    need_x: bool,
-    need_fields: bool,
-    need_weight: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _problem(x, fields, points, weight, mask, stride, padding, dilation, groups, eps_omega, eps)
-    return _gradients(call, grad, x, fields, weight, mask, need_x, need_fields, need_weight)
-
-
-@_metric_conv2d_backward.register_fake
-def _(grad, x, fields, points, weight, mask, stride, padding, dilation, groups, eps_omega, eps, *needs):
-    return _fake_gradients(x, fields, weight, mask, *needs)
-
-
-def _metric_setup_context(ctx, inputs, output):
-    x, fields, points, weight, _, mask, *ctx.arguments = inputs
-    ctx.save_for_backward(x, fields, points, weight, mask)
-
-
-def _metric_backward(ctx, grad):
-    need_x, need_fields, _, need_weight, need_bias, need_mask = ctx.needs_input_grad[:6]
-    x, fields, points, weight, mask = ctx.saved_tensors
-    grad_x, grad_fields, grad_weight, grad_mask = _metric_conv2d_backward(
-        grad, x, fields, points, weight, mask, *ctx.arguments, need_x, need_fields or need_mask, need_weight
-    )
-    return (
-        grad_x if need_x else None,
-        grad_fields if need_fields else None,
-        None,
-        grad_weight if need_weight else None,
-        grad.sum((0, 2, 3)) if need_bias else None,
-        grad_mask if need_mask else None,
-        *[None] * 6,
-    )
-
-
-_metric_conv2d.register_autograd(_metric_backward, setup_context=_metric_setup_context)
-
-
-@register_flop_formula(torch.ops.timm_metricconv.triton_metric_conv2d)
-def _(x_shape, fields_shape, points_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * sum(_macs(x_shape, (fields_shape[0], points_shape[0], 2, *fields_shape[2:]), weight_shape))
-
-
-@register_flop_formula(torch.ops.timm_metricconv.triton_metric_conv2d_backward)
-def _(grad_shape, x_shape, fields_shape, points_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    gather, product = _macs(x_shape, (fields_shape[0], points_shape[0], 2, *fields_shape[2:]), weight_shape)
-    return 2 * (3 * gather + 2 * product)
+_conv2d = define("triton_conv2d", _forward, _gradients)
 
 
 def triton_conv2d(
@@ -879,6 +691,5 @@ def triton_metric_conv2d(
         raise TypeError(
             f"expected float32 fields and points and x below float64, got {fields.dtype}, {points.dtype}, {x.dtype}."
         )
-    return _metric_conv2d(
-        x, fields, points, weight, bias, mask, stride, padding, dilation, groups, float(eps_omega), float(eps)
-    )
+    geometry = stride, padding, dilation, groups
+    return _conv2d(x, fields, weight, bias, mask, *geometry, points, float(eps_omega), float(eps))
