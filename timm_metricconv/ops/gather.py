@@ -10,6 +10,7 @@ whatever the batch; with more, the allocator gives it back to the system after e
 again can cost more than the arithmetic.
 """
 
+import functools
 import warnings
 from typing import List, NamedTuple, Optional, Tuple, Union
 
@@ -107,14 +108,14 @@ def _lattice(arguments: Arguments) -> _Lattice:
     top, left = first_centre(weight, padding, dilation)
     rows = torch.arange(out_height, dtype=source.dtype).mul_(stride[0]).add_(top)
     columns = torch.arange(out_width, dtype=source.dtype).mul_(stride[1]).add_(left)
-    first = torch.arange(0, batch * height * width, height * width, dtype=torch.int32)
+    first = torch.arange(batch, dtype=torch.int32).mul_(height * width)[:, None].expand(batch, out_height)
     return _Lattice(
         x.detach().permute(0, 2, 3, 1).reshape(-1, channels),  # detached, or embedding_bag prepares for a backward
         (height, width),
         _Positions(source) if points is None else _Metrics(source, points, eps_omega, eps),
         rows.repeat(batch)[:, None, None],
         columns[:, None],
-        first.repeat_interleave(out_height)[:, None],
+        first.reshape(-1, 1),
     )
 
 
@@ -180,10 +181,11 @@ def _pieces(total: int, limit: int, step: int = 1) -> List[slice]:
     return [slice(i, min(i + length, total)) for i in range(0, total, length)]
 
 
-def _slab_pixels(weight: Tensor, groups: int) -> int:
+def _slab_pixels(arguments: Arguments) -> int:
     """Output pixels of a slab: no fewer than the kernel has rows, lest reading the kernel take the time."""
-    row_bytes = weight[:1].numel() * groups * weight.element_size()
-    return max(SLAB_BYTES // max(row_bytes, 1), weight.shape[0])
+    weight = arguments.weight
+    row_bytes = weight[0].numel() * arguments.groups * weight.element_size()
+    return max(SLAB_BYTES // row_bytes, weight.shape[0])
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -194,9 +196,9 @@ def _columns(table: Tensor, corners: Tensor, weights: Tensor, taps: int) -> Tens
     return F.embedding_bag(corners, table, per_sample_weights=weights, mode="sum").view(len(corners) // taps, -1)
 
 
-def _kernel(weight: Tensor, groups: int) -> Tensor:
+def _kernel(arguments: Arguments) -> Tensor:
     """`[groups, C_out/groups, K, C_in/groups]`: taps slow and channels fast, as in the columns."""
-    return weight.flatten(2).transpose(1, 2).unflatten(0, (groups, -1)).contiguous()
+    return arguments.weight.flatten(2).transpose(1, 2).unflatten(0, (arguments.groups, -1)).contiguous()
 
 
 def _grouped(columns: Tensor, kernel: Tensor) -> Tensor:
@@ -221,10 +223,9 @@ def _product(columns: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    x, source, weight, mask, *_, groups, _, _, _ = arguments
-    lattice = _lattice(arguments)
-    kernel, slab, taps = _kernel(weight, groups), _slab_pixels(weight, groups), weight[0, 0].numel()
-    batch, (out_height, out_width) = len(x), source.shape[-2:]
+    x, source, weight, mask = arguments[:4]
+    lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
+    (batch, *_, out_height, out_width), taps = source.shape, weight[0, 0].numel()
     out = x.new_empty(batch * out_height * out_width, weight.shape[0])
     for lines in _pieces(batch * out_height, PLAN_SAMPLES // (out_width * taps)):
         corners, weights = _plan(lattice, lines, mask)[:2]
@@ -243,17 +244,16 @@ def _gradients(
     arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    x, source, weight, mask, *_, groups, _, _, _ = arguments
-    lattice = _lattice(arguments)
-    kernel, slab, taps = _kernel(weight, groups), _slab_pixels(weight, groups), weight[0, 0].numel()
-    batch, (out_height, out_width) = len(x), source.shape[-2:]
+    x, source, weight, mask = arguments[:4]
+    lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
+    (batch, *_, out_height, out_width), taps = source.shape, weight[0, 0].numel()
     image_pixels, image_rows = out_height * out_width, lattice.size[0] * lattice.size[1]
     grad = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
     table = lattice.table.to(wide) if need_source else lattice.table
     grad_table = lattice.table.new_empty(lattice.table.shape if need_x else 0)
-    grad_source = source.new_empty(lattice.source.values.shape if need_source else 0)
-    grad_mask = x.new_empty(0) if mask is None else mask.new_empty(len(grad) * taps if need_source else 0)
+    grad_source = source.new_empty(lattice.source.values.shape) if need_source else x.new_empty(0)
+    grad_mask = mask.new_empty(len(grad) * taps) if need_source and mask is not None else x.new_empty(0)
     grad_kernel = None
 
     # Whole images: then a slab's samples read (and their gradients return to) those images' rows of the table alone.
@@ -348,16 +348,23 @@ def _transposed_gather(grad_samples: Tensor, readers: _Readers, samples: slice, 
     return out
 
 
+@functools.cache
+def _hear_the_beta_warning() -> None:
+    """torch says once in a process that sparse CSR tensors are in beta, which is nothing to our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
 def _corner_products(grad_samples: Tensor, table: Tensor, corners: Tensor) -> Tensor:
     """⟨gradient of a sample, pixel⟩ for its four corners, `[M, 4]`: the gradient of the bilinear weights.
 
     It is a matrix product of which only the entries (sample, corner) are wanted.
     """
+    _hear_the_beta_warning()
     rows = torch.arange(0, corners.numel() + 1, 4, dtype=corners.dtype)
     values, size = table.new_zeros(corners.numel()), (len(corners), len(table))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        wanted = torch.sparse_csr_tensor(rows, corners.flatten(), values, size, check_invariants=False)
+    wanted = torch.sparse_csr_tensor(rows, corners.flatten(), values, size, check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, grad_samples, table.t(), beta=0).values().view(-1, 4)
 
 
