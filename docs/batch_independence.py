@@ -26,8 +26,6 @@ CASES = (
     ("textures", "default", False),
     ("textures", "paper FKW", True),
 )
-# Triton goes from the metric to the output without the ball.
-BACKEND = "torchvision" if torch.cuda.is_available() else None
 
 
 class MixedConv2d(MetricConv2d):
@@ -53,7 +51,6 @@ def set_ball(model, kind):
     """Makes all metric layers layers of this class."""
     for layer in adaptive_layers(model):
         layer.__class__ = kind
-        layer.backend = BACKEND
 
 
 @torch.no_grad()

@@ -577,3 +577,14 @@ def test_layer_takes_the_metric_entry(parametrization, drift):
         gradients = torch.autograd.grad(out.cos().sum(), [leaf, *layer.parameters()])
         results.append({str(i): t.detach() for i, t in enumerate((out, *gradients))})
     compare(*results, 1e-4)
+
+
+def test_a_ball_of_ones_own_counts():
+    class Still(MetricConv2d):
+        def ball(self, raw):
+            return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(super().ball(raw))
+
+    layer = Still(4, 6, 3)
+    torch.nn.init.normal_(layer.predictor.weight)
+    x = torch.randn(2, 4, 6, 5)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
