@@ -212,7 +212,7 @@ def make_metric(pattern="lattice", k=3, batch=2, size=(4, 3), eps_omega=0.3, eps
 def run_metric(leaves, arguments, points, settings):
     x, fields, weight, bias, mask = (leaves[name] for name in ("x", "fields", "weight", "bias", "mask"))
     pairs = [[arguments[name]] * 2 for name in ("stride", "padding", "dilation")]
-    out = triton_metric_conv2d(x, fields, points, weight, bias, mask, *pairs, arguments["groups"], **settings)
+    out = triton_metric_conv2d(x, fields, weight, bias, mask, *pairs, arguments["groups"], points, **settings)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, [t for t in leaves.values() if t is not None], cotangent)]
 

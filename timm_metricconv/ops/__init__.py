@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .gather import gather_conv2d, gather_metric_conv2d
+from .gather import gather_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
 from .torchvision_deform import ball_conv2d_torchvision
@@ -22,7 +22,8 @@ class Backend(NamedTuple):
     Attributes:
         function: Same arguments as `ball_conv2d_reference`.
         why_not: (device type, number of weight dimensions) → why it cannot run there, or None where it can.
-        metric_function: The same straight from a field of metrics, see `metric_conv2d`, where the backend has it.
+        metric_function: The same straight from a field of metrics, where the backend has it: fields for positions, and
+            after groups points, ε_ω and ε, see `metric_conv2d`.
     """
 
     function: Callable[..., Tensor]
@@ -40,7 +41,7 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 
 # In order of preference: on the CPU, where Triton's interpreter may run, the first row is always taken.
 BACKENDS: Dict[str, Backend] = {
-    "gather": Backend(gather_conv2d, _gather_why_not, gather_metric_conv2d),
+    "gather": Backend(gather_conv2d, _gather_why_not, gather_conv2d),
     "triton": Backend(triton_conv2d, _triton_why_not, triton_metric_conv2d),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "grid_sample": Backend(grid_sample_conv2d, lambda device, weight_dim: None),
@@ -199,7 +200,7 @@ def metric_conv2d(
     dtype = _autocast(x)
     bias = None if bias is None else bias.to(dtype)
     geometry = list(stride), list(padding), list(dilation), groups
-    return function(x.to(dtype), fields, points, weight.to(dtype), bias, mask, *geometry, eps_omega, eps)
+    return function(x.to(dtype), fields, weight.to(dtype), bias, mask, *geometry, points, eps_omega, eps)
 
 
 __all__ = ["BACKENDS", "Backend", "ball_conv2d", "fuses_metric", "metric_conv2d"]

@@ -387,39 +387,5 @@ def _through_hats(near: Tensor, far: Tensor, distance: Tensor) -> Tensor:
     return (far - near).mul_(pixel == 0).addcmul_(near, pixel == -1).addcmul_(far, pixel == 1, value=-1)
 
 
-# --- ops -------------------------------------------------------------------------------------------------------------
-
-_conv2d = define("gather_conv2d", _forward, _gradients, device_types="cpu")
-
-
-def gather_conv2d(
-    x: Tensor,
-    positions: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-) -> Tensor:
-    """`ball_conv2d_reference`, fast on CPUs."""
-    return _conv2d(x, positions, weight, bias, mask, stride, padding, dilation, groups)
-
-
-def gather_metric_conv2d(
-    x: Tensor,
-    fields: Tensor,
-    points: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    eps_omega: float,
-    eps: float,
-) -> Tensor:
-    """`gather_conv2d` at the positions of a field of metrics; see `metric_conv2d`."""
-    return _conv2d(x, fields, weight, bias, mask, stride, padding, dilation, groups, points, eps_omega, eps)
+# `ball_conv2d_reference`, fast on CPUs; and straight from a field of metrics
+gather_conv2d = define("gather_conv2d", _forward, _gradients, device_types="cpu")

@@ -653,7 +653,6 @@ def triton_conv2d(
 def triton_metric_conv2d(
     x: Tensor,
     fields: Tensor,
-    points: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
     mask: Optional[Tensor],
@@ -661,6 +660,7 @@ def triton_metric_conv2d(
     padding: List[int],
     dilation: List[int],
     groups: int,
+    points: Tensor,
     eps_omega: float,
     eps: float = 0.0,
 ) -> Tensor:
@@ -670,7 +670,6 @@ def triton_metric_conv2d(
         x: Input `[B, C_in, H, W]`, float32, bfloat16 or float16, of one dtype with weight and bias.
         fields: (a, b, d, ω_x, ω_y) of F(u) = sqrt(uᵀMu) + ωᵀu, M = [[a, b], [b, d]], `[B, 5, H_out, W_out]`, float32.
             Dense with the five innermost it is read as it lies, else copied.
-        points: p_j = r_j·û_j of the pattern, `[K, 2]` as (x, y), float32, constant: it gets no gradient.
         weight: As `ball_conv2d`'s; like the next arguments.
         bias: `[C_out]`.
         mask: `[B, K, H_out, W_out]`, float32.
@@ -678,6 +677,7 @@ def triton_metric_conv2d(
         padding: As `nn.Conv2d`.
         dilation: As `nn.Conv2d`.
         groups: As `nn.Conv2d`.
+        points: p_j = r_j·û_j of the pattern, `[K, 2]` as (x, y), float32, constant: it gets no gradient.
         eps_omega: The margin ε_ω of the drift; at 1 the drift is not read.
         eps: Added to F (the paper's variants).
 
