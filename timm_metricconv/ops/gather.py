@@ -262,12 +262,8 @@ def _gradients(
         first_pixel, first_image = lines.start * out_width, lines.start // out_height
         upstream = grad[first_pixel : lines.stop * out_width]
         if need_weight:
-            for pixels in _pieces(len(upstream), slab):
-                samples = slice(pixels.start * taps, pixels.stop * taps)
-                columns = _columns(lattice.table, plan.corners[samples], plan.weights[samples], taps)
-                gradient = _kernel_gradient(upstream[pixels], columns, kernel)
-                grad_kernel = gradient.to(wide) if grad_kernel is None else grad_kernel.add_(gradient)
-                del columns, gradient
+            gradient = _kernel_gradient(lattice.table, plan, upstream, kernel, slab)
+            grad_kernel = gradient if grad_kernel is None else grad_kernel.add_(gradient)
         readers = _readers(plan) if need_x else None
         grad_shares = plan.shares.new_empty(plan.shares.shape if need_source else 0)
         for pixels in _pieces(len(upstream), slab, image_pixels) if need_x or need_source else []:
@@ -303,12 +299,21 @@ def _gradients(
     return grad_table, grad_source, grad_weight.contiguous(memory_format=kernel_format(weight)), grad_mask
 
 
-def _kernel_gradient(upstream: Tensor, columns: Tensor, kernel: Tensor) -> Tensor:
-    """The kernel's gradient from some pixels: their gradients `[n, C_out]` and their columns."""
-    if len(kernel) == 1:
-        return _matmul(upstream.t(), columns.t()).view_as(kernel)
-    upstream = upstream.unflatten(1, kernel.shape[:2]).permute(1, 2, 0)
-    return torch.bmm(upstream, _grouped(columns, kernel)).view_as(kernel)
+def _kernel_gradient(table: Tensor, plan: _Plan, upstream: Tensor, kernel: Tensor, slab: int) -> Tensor:
+    """The kernel's gradient from the plan's pixels, whose gradients `[n, C_out]` are given; in float32 at least."""
+    taps, total = kernel.shape[2], None
+    for pixels in _pieces(len(upstream), slab):
+        samples = slice(pixels.start * taps, pixels.stop * taps)
+        columns = _columns(table, plan.corners[samples], plan.weights[samples], taps)
+        if len(kernel) == 1:
+            part = _matmul(upstream[pixels].t(), columns.t()).view_as(kernel)
+        else:
+            grouped = upstream[pixels].unflatten(1, kernel.shape[:2]).permute(1, 2, 0)
+            part = torch.bmm(grouped, _grouped(columns, kernel)).view_as(kernel)
+        total = part.to(torch.promote_types(part.dtype, torch.float32)) if total is None else total.add_(part)
+        del columns, part
+    assert total is not None, "a plan has pixels"
+    return total
 
 
 def _sample_gradient(upstream: Tensor, kernel: Tensor) -> Tensor:
