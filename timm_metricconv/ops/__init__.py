@@ -100,8 +100,7 @@ def _check(
 
 def _autocast(x: Tensor) -> torch.dtype:
     device = x.device.type
-    available = torch.amp.is_autocast_available(device)  # "meta" has none
-    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # "meta" has no autocast
         return torch.get_autocast_dtype(device)
     return x.dtype
 
