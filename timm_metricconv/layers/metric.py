@@ -153,7 +153,7 @@ class MetricConv2d(BallConv2d):
         if not self._bounded:
             value = value + self._eps
         stretch = value.reciprocal()[:, :, :, None]
-        # [2, B, H_out, W_out, R, D]: a plane for x and one for y, as the fast backends like them
+        # [2, B, H_out, W_out, R, D]: a plane for x and one for y, a trailing dimension of 2 would be slow
         planes = torch.stack((stretch * self.points[..., 0], stretch * self.points[..., 1]))
         return planes.flatten(4).permute(1, 4, 0, 2, 3)
 

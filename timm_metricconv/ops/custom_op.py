@@ -7,6 +7,7 @@ The samples come from a `source`: positions `[B, K, 2, H_out, W_out]`, or, with 
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import register_flops
@@ -16,6 +17,13 @@ def _innermost_channels(t: Tensor) -> Tensor:
     """An empty tensor like `t`, image by image and pixel by pixel: `t.permute(0, -2, -1, 1, ...)` is contiguous."""
     order = (0, t.dim() - 2, t.dim() - 1, *range(1, t.dim() - 2))
     return t.new_empty([t.shape[i] for i in order]).permute(0, *range(3, t.dim()), 1, 2)
+
+
+def with_far_corners(x: Tensor) -> Tensor:
+    """Images of one row or column with a second one of zeros: a sample's far corner then always exists."""
+    if x.shape[2] < 2 or x.shape[3] < 2:
+        x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
+    return x
 
 
 def kernel_format(weight: Tensor) -> torch.memory_format:
@@ -64,7 +72,8 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
     Args:
         name: Of the operator.
         forward: (arguments, bias) → the output, channels-last.
-        gradients: (arguments, grad, need_x, need_source, need_weight) → what `fake_gradients` says, with values.
+        gradients: (arguments, grad, need_x, need_source, need_weight) → what `fake_gradients` says, with values; not
+            asked for a batch of 0.
         device_types: The devices that it runs on; by default any.
 
     Returns:
@@ -111,6 +120,9 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         eps_omega: float = 1.0,
         eps: float = 0.0,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not grad.numel():
+            grads = fake_gradients(x, source, weight, mask, need_x, need_source, need_weight)
+            return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), grads[3].zero_()
         arguments = Arguments(x, source, weight, mask, stride, padding, dilation, groups, points, eps_omega, eps)
         return gradients(arguments, grad, need_x, need_source, need_weight)
 

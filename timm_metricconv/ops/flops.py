@@ -1,5 +1,7 @@
 """Flop formulas of the custom ops, the gather counted, for `torch.utils.flop_counter` and all that builds on it."""
 
+import math
+
 from torch.utils.flop_counter import register_flop_formula
 
 # A bilinear sample is four multiply-adds a channel.
@@ -8,10 +10,7 @@ CORNERS = 4
 
 def _macs(x_shape, source_shape, weight_shape) -> tuple:
     """Multiply-adds of (the gather, the matrix product)."""
-    taps = 1
-    for size in weight_shape[2:]:
-        taps *= size
-    samples = source_shape[0] * taps * source_shape[-2] * source_shape[-1]
+    samples = source_shape[0] * math.prod(weight_shape[2:]) * source_shape[-2] * source_shape[-1]
     return CORNERS * samples * x_shape[1], samples * weight_shape[0] * weight_shape[1]
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .custom_op import Arguments, define, kernel_format
+from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import first_centre
 
 # Columns in memory at a time: they fit a core's share of the last-level cache.
@@ -100,9 +100,7 @@ class _Lattice(NamedTuple):
 
 def _lattice(arguments: Arguments) -> _Lattice:
     x, source, weight, _, stride, padding, dilation, _, points, eps_omega, eps = arguments
-    # One row and column of zeros for one-pixel images: the far corner then always exists.
-    if x.shape[2] < 2 or x.shape[3] < 2:
-        x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
+    x = with_far_corners(x)
     batch, channels, height, width = x.shape
     out_height, out_width = source.shape[-2:]
     top, left = first_centre(weight, padding, dilation)
@@ -291,10 +289,8 @@ def _gradients(
         grad_source = grad_source.unflatten(0, (batch, out_height)).movedim((1, 2), (-2, -1))
         if mask is not None:
             grad_mask = grad_mask.view(batch, out_height, out_width, taps).permute(0, 3, 1, 2)
-    if not need_weight:
+    if grad_kernel is None:
         return grad_table, grad_source, x.new_empty(0), grad_mask
-    if grad_kernel is None:  # a batch of 0
-        grad_kernel = torch.zeros_like(kernel)
     grad_weight = grad_kernel.flatten(0, 1).transpose(1, 2).to(weight.dtype).reshape(weight.shape)
     return grad_table, grad_source, grad_weight.contiguous(memory_format=kernel_format(weight)), grad_mask
 
