@@ -21,8 +21,10 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..layers import BallConv2d
@@ -151,7 +153,10 @@ def predictor_regulariser(model: nn.Module) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
-    """Parameters by (predictor or not) × (decayed or not); timm's schedules honour `lr_scale`."""
+    """Parameters by (predictor or not) × (decayed or not).
+
+    All have the same `lr`, the default: timm's schedules multiply what they set by a group's `lr_scale`.
+    """
     groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -162,10 +167,28 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, An
             "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
             "lr_scale": config.predictor_lr if predictor else 1.0,
-            "lr": config.lr * (config.predictor_lr if predictor else 1.0),
         }
         for (predictor, decayed), parameters in groups.items()
     ]
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
+    """The optimiser, and the schedule that sets its learning rates at the beginning of each epoch."""
+    optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
+    schedule, _ = create_scheduler_v2(
+        optimiser,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        min_lr=config.min_lr,
+    )
+    return optimiser, schedule
+
+
+def learning_rate(optimiser: Optimizer) -> float:
+    """The rate of all but the predictors; 0 where nothing has one."""
+    scaled = (group["lr"] / group["lr_scale"] for group in optimiser.param_groups if group["lr_scale"])
+    return next(scaled, 0.0)
 
 
 class _Checkpoints:
@@ -307,14 +330,7 @@ class _Trainer:
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
-        optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
-        self.scheduler, _ = create_scheduler_v2(
-            optimiser,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            min_lr=config.min_lr,
-        )
+        optimiser, self.scheduler = make_optimiser(model, config)
         loaders = (
             make_loader(config, train_set, model.pretrained_cfg, train=True),
             make_loader(config, val_set, model.pretrained_cfg, train=False),
@@ -394,7 +410,7 @@ class _Trainer:
         seconds = time.perf_counter() - started
         return {
             "epoch": epoch + 1,
-            "lr": self.optimiser.param_groups[0]["lr"] / self.optimiser.param_groups[0]["lr_scale"],
+            "lr": learning_rate(self.optimiser),
             "train_loss": loss / max(steps, 1),
             **evaluate(self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
             "images_per_second": images_seen * self.accelerator.num_processes / seconds,
