@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import difflib
 import json
 import math
 import os
@@ -9,17 +10,18 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, accuracy
@@ -42,6 +44,18 @@ class TrainingDiverged(RecipeError):
     """The loss is no number any more."""
 
 
+def _known_optimiser(name: str) -> str:
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        raise ValueError(f"an optimiser of timm's, such as {', '.join(near) or 'adamw, adam, sgd, lamb'}")
+    return name
+
+
+Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
+Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass
 class TrainConfig(DataConfig):
     """A training run."""
@@ -54,23 +68,23 @@ class TrainConfig(DataConfig):
     checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
     allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
     fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
-    epochs: int = option(10, "epochs")
-    opt: str = option("adamw", "timm optimiser")
-    lr: float = option(1e-3, "learning rate")
-    predictor_lr: float = option(0.1, "factor on the predictors' learning rate (DCN practice)")
-    predictor_regulariser: float = option(0.0, "weight of the mean |parameter| of the predictors")
-    weight_decay: float = option(1e-4, "weight decay")
+    epochs: PositiveInt = option(10, "epochs")
+    opt: Optimiser = option("adamw", "timm optimiser")
+    lr: PositiveFloat = option(1e-3, "learning rate")
+    predictor_lr: NonNegativeFloat = option(0.1, "factor on the predictors' learning rate (DCN practice)")
+    predictor_regulariser: NonNegativeFloat = option(0.0, "weight of the mean |parameter| of the predictors")
+    weight_decay: NonNegativeFloat = option(1e-4, "weight decay")
     decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
-    sched: str = option("cosine", "timm schedule, stepped each epoch")
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    min_lr: float = option(0.0, "last learning rate")
-    clip_grad: Optional[float] = option(None, "largest norm of the gradient")
-    smoothing: float = option(0.0, "label smoothing")
-    mixup: float = option(0.0, "mixup alpha")
-    cutmix: float = option(0.0, "cutmix alpha")
-    ema_decay: Optional[float] = option(None, "validate and save an exponential average of the weights")
+    sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
+    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up")
+    min_lr: NonNegativeFloat = option(0.0, "last learning rate")
+    clip_grad: Optional[PositiveFloat] = option(None, "largest norm of the gradient")
+    smoothing: Share = option(0.0, "label smoothing")
+    mixup: NonNegativeFloat = option(0.0, "mixup alpha")
+    cutmix: NonNegativeFloat = option(0.0, "cutmix alpha")
+    ema_decay: Optional[Share] = option(None, "validate and save an exponential average of the weights")
     amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
-    grad_accum: int = option(1, "batches in one optimiser step")
+    grad_accum: PositiveInt = option(1, "batches in one optimiser step")
     channels_last: bool = option(True, "memory format of network and images")
     seed: int = option(0, "seed of weights, order and augmentation")
 
@@ -175,13 +189,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, An
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
     """The optimiser, and the schedule that sets its learning rates at the beginning of each epoch."""
     optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
-    schedule, _ = create_scheduler_v2(
-        optimiser,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        min_lr=config.min_lr,
-    )
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimiser,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            min_lr=config.min_lr,
+        )
+    except ValueError as error:
+        raise ConfigError(f"sched={config.sched!r} with epochs={config.epochs}: {error}") from None
     return optimiser, schedule
 
 
