@@ -299,7 +299,7 @@ class _Trainer:
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)
         with self.accelerator.main_process_first():  # one process downloads
-            train_set, val_set = make_datasets(config)
+            train_set, val_set = make_datasets(config, config.seed)
         classes = class_count(config, train_set)
         model = build_model(config, classes)
         if prepare is not None:
