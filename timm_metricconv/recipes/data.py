@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
 from timm.data import create_dataset, create_loader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
@@ -37,10 +38,10 @@ class DataConfig:
 
     data: str = option("digits", "digits[/FIRST-LAST], textures, fashion-mnist, cifar10, cifar100, a folder, or timm's")
     data_dir: str = option("data", "root that timm and torchvision download to and read from")
-    num_classes: int = option(0, "number of classes; 0 asks the data set")
-    input_size: int = option(0, "images are resized to this; 0 takes the model's own size")
-    train_images: int = option(0, "train on so many, drawn by the run's seed from each class alike; 0: on all")
-    val_images: int = option(0, "validate on so many, the same for every seed; 0: on all")
+    num_classes: NonNegativeInt = option(0, "number of classes; 0 asks the data set")
+    input_size: NonNegativeInt = option(0, "images are resized to this; 0 takes the model's own size")
+    train_images: NonNegativeInt = option(0, "train on so many, drawn by the run's seed, each class alike; 0: on all")
+    val_images: NonNegativeInt = option(0, "validate on so many, the same for every seed; 0: on all")
     warp: Dict[str, Any] = option({}, "random warps: rotation, scale, stretch, perspective, elastic")
     val_warp: Dict[str, Any] = option({}, "what is otherwise on the validation images, each warped once and for all")
     mean: List[float] = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
@@ -53,8 +54,8 @@ class DataConfig:
     re_prob: float = option(0.0, "probability of random erasing")
     crop_pct: Optional[float] = option(None, "centre crop of the validation images; by default the model's own")
     interpolation: Optional[str] = option(None, "resizing; by default the model's own, in training random")
-    batch_size: int = option(128, "images in a batch, on each device")
-    workers: int = option(2, "loader processes; 0 loads in the training process")
+    batch_size: PositiveInt = option(128, "images in a batch, on each device")
+    workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
 
 
 class ArrayDataset(Dataset):

@@ -1,7 +1,7 @@
 """What the geometry of a trained network does, layer by layer: it did not adapt, it adapted, or it ran away."""
 
 import itertools
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Dict, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
 
 
 def _residual(points: Tensor, positions: Tensor) -> Dict[str, float]:
-    """How far the samples are from those of any metric, over images and some pixels; nothing for a kernel of one tap."""
+    """How far the samples are from those of any metric, at some pixels; nothing for a kernel of one tap."""
     radii = torch.linalg.vector_norm(points, dim=-1)
     if not radii.any():
         return {}
@@ -145,9 +145,10 @@ def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mappi
 
     shown = {key: report for key, report in diagnoses.items() if report}
     settings = list(dict.fromkeys(setting for setting, _ in shown)) or [""]
-    rows = [name for name in QUANTITIES if any(name in numbers for r in shown.values() for numbers in r.values())]
-    figure = Figure(figsize=(1 + 4 * len(settings), 1 + 1.8 * max(len(rows), 1)), layout="constrained")
-    panels = figure.subplots(max(len(rows), 1), len(settings), squeeze=False, sharex="col", sharey="row")
+    known = {name for report in shown.values() for numbers in report.values() for name in numbers}
+    rows = [name for name in QUANTITIES if name in known] or ["displacement"]
+    figure = Figure(figsize=(1 + 4 * len(settings), 1 + 1.8 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(settings), squeeze=False, sharex="col", sharey="row")
     for column, setting in enumerate(settings):
         reports = {conv: report for (name, conv), report in shown.items() if name == setting}
         layers = list(dict.fromkeys(layer for report in reports.values() for layer in report))
@@ -169,7 +170,7 @@ def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mappi
                 axes.axhline(1, color="black", linestyle=":", lw=1)
             axes.set_xticks(range(len(layers)), layers, rotation=90)
             axes.grid(alpha=0.3)
-    for name, axes in zip(rows, panels[:, 0], strict=False):
+    for name, axes in zip(rows, panels[:, 0], strict=True):
         axes.set_ylabel(QUANTITIES[name])
     if shown:
         panels[0][0].legend(loc="upper left")

@@ -24,11 +24,11 @@ def mean_interval(values: Sequence) -> Tuple[np.ndarray, np.ndarray]:
 
     NaN for n = 1. Where all values are equal it is that value: t knows no other uncertainty than their spread.
     """
-    values = np.asarray(values, dtype=float)
-    mean, count = values.mean(0), len(values)
+    array = np.asarray(values, dtype=float)
+    mean, count = array.mean(0), len(array)
     if count < 2:
         return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    half = stats.t.ppf(0.975, count - 1) * values.std(0, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.975, count - 1) * array.std(0, ddof=1) / np.sqrt(count)
     return mean - half, mean + half
 
 

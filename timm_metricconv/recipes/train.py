@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import difflib
 import json
 import math
 import os
@@ -9,20 +10,23 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..layers import BallConv2d
@@ -30,6 +34,7 @@ from ..models import checkpoint_filter_fn
 from ..models.ball_resnet import BallResNet
 from .config import ConfigError, RecipeError, option, plain
 from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
+from .diagnosis import diagnose, sample_images
 from .report import console, csv_text, print_table, write_atomic
 
 # Steps between two looks at the loss: a look waits for the device.
@@ -38,6 +43,18 @@ CHECK_EVERY = 50
 
 class TrainingDiverged(RecipeError):
     """The loss is no number any more."""
+
+
+def _known_optimiser(name: str) -> str:
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        raise ValueError(f"an optimiser of timm's, such as {', '.join(near) or 'adamw, adam, sgd, lamb'}")
+    return name
+
+
+Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
+Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
@@ -52,23 +69,23 @@ class TrainConfig(DataConfig):
     checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
     allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
     fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
-    epochs: int = option(10, "epochs")
-    opt: str = option("adamw", "timm optimiser")
-    lr: float = option(1e-3, "learning rate")
-    predictor_lr: float = option(0.1, "factor on the predictors' learning rate (DCN practice)")
-    predictor_regulariser: float = option(0.0, "weight of the mean |parameter| of the predictors")
-    weight_decay: float = option(1e-4, "weight decay")
+    epochs: PositiveInt = option(10, "epochs")
+    opt: Optimiser = option("adamw", "timm optimiser")
+    lr: PositiveFloat = option(1e-3, "learning rate")
+    predictor_lr: NonNegativeFloat = option(0.1, "factor on the predictors' learning rate (DCN practice)")
+    predictor_regulariser: NonNegativeFloat = option(0.0, "weight of the mean |parameter| of the predictors")
+    weight_decay: NonNegativeFloat = option(1e-4, "weight decay")
     decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
-    sched: str = option("cosine", "timm schedule, stepped each epoch")
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    min_lr: float = option(0.0, "last learning rate")
-    clip_grad: Optional[float] = option(None, "largest norm of the gradient")
-    smoothing: float = option(0.0, "label smoothing")
-    mixup: float = option(0.0, "mixup alpha")
-    cutmix: float = option(0.0, "cutmix alpha")
-    ema_decay: Optional[float] = option(None, "validate and save an exponential average of the weights")
+    sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
+    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up")
+    min_lr: NonNegativeFloat = option(0.0, "last learning rate")
+    clip_grad: Optional[PositiveFloat] = option(None, "largest norm of the gradient")
+    smoothing: Share = option(0.0, "label smoothing")
+    mixup: NonNegativeFloat = option(0.0, "mixup alpha")
+    cutmix: NonNegativeFloat = option(0.0, "cutmix alpha")
+    ema_decay: Optional[Share] = option(None, "validate and save an exponential average of the weights")
     amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
-    grad_accum: int = option(1, "batches in one optimiser step")
+    grad_accum: PositiveInt = option(1, "batches in one optimiser step")
     channels_last: bool = option(True, "memory format of network and images")
     seed: int = option(0, "seed of weights, order and augmentation")
 
@@ -151,7 +168,10 @@ def predictor_regulariser(model: nn.Module) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
-    """Parameters by (predictor or not) × (decayed or not); timm's schedules honour `lr_scale`."""
+    """Parameters by (predictor or not) × (decayed or not).
+
+    All have the same `lr`, the default: timm's schedules multiply what they set by a group's `lr_scale`.
+    """
     groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -162,10 +182,31 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, An
             "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
             "lr_scale": config.predictor_lr if predictor else 1.0,
-            "lr": config.lr * (config.predictor_lr if predictor else 1.0),
         }
         for (predictor, decayed), parameters in groups.items()
     ]
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
+    """The optimiser, and the schedule that sets its learning rates at the beginning of each epoch."""
+    optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimiser,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            min_lr=config.min_lr,
+        )
+    except ValueError as error:
+        raise ConfigError(f"sched={config.sched!r} with epochs={config.epochs}: {error}") from None
+    return optimiser, schedule
+
+
+def learning_rate(optimiser: Optimizer) -> float:
+    """The rate of all but the predictors; 0 where nothing has one."""
+    scaled = (group["lr"] / group["lr_scale"] for group in optimiser.param_groups if group["lr_scale"])
+    return next(scaled, 0.0)
 
 
 class _Checkpoints:
@@ -307,14 +348,7 @@ class _Trainer:
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
-        optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
-        self.scheduler, _ = create_scheduler_v2(
-            optimiser,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            min_lr=config.min_lr,
-        )
+        optimiser, self.scheduler = make_optimiser(model, config)
         loaders = (
             make_loader(config, train_set, model.pretrained_cfg, train=True),
             make_loader(config, val_set, model.pretrained_cfg, train=False),
@@ -394,7 +428,7 @@ class _Trainer:
         seconds = time.perf_counter() - started
         return {
             "epoch": epoch + 1,
-            "lr": self.optimiser.param_groups[0]["lr"] / self.optimiser.param_groups[0]["lr_scale"],
+            "lr": learning_rate(self.optimiser),
             "train_loss": loss / max(steps, 1),
             **evaluate(self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
             "images_per_second": images_seen * self.accelerator.num_processes / seconds,
@@ -426,7 +460,8 @@ def train(
         prepare: Called with the new network before training, e.g. to freeze parts of it.
 
     Returns:
-        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds.
+        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds,
+        geometry (see `diagnose`).
 
     Raises:
         ConfigError: The configuration cannot be used, or the folder holds another run.
@@ -455,11 +490,12 @@ def train(
             if not quiet:
                 _print_epoch(rows[-1])
         checkpoints.save(epoch + 1)
-    summary = _summary(config, trainer.bare, rows)
+    network, images = trainer.ema.module if trainer.ema else trainer.bare, sample_images(trainer.val_loader)
+    summary = {**_summary(config, trainer.bare, rows), "geometry": diagnose(network, images)}
     if trainer.main:
         write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not quiet:
-            print_table([summary], f"{config.name}: {folder}")
+            print_table([{k: v for k, v in summary.items() if k != "geometry"}], f"{config.name}: {folder}")
     trainer.accelerator.free_memory()
     return summary
 
