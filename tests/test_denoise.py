@@ -11,8 +11,10 @@ from timm_metricconv.geometry import drift_norm, image_metric
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
 from timm_metricconv.layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 from timm_metricconv.recipes import denoise as module
+from timm_metricconv.recipes import denoise_data, denoise_fit
 from timm_metricconv.recipes.config import ConfigError, RecipeError, build
-from timm_metricconv.recipes.denoise import DenoiseConfig, NoisyImages, add_noise, denoise
+from timm_metricconv.recipes.denoise import DenoiseConfig, denoise
+from timm_metricconv.recipes.denoise_data import NoisyImages, add_noise, image_paths
 
 PIXELS = 2 * 12 * 10
 
@@ -212,7 +214,7 @@ def test_gap_and_resume(tmp_path, monkeypatch):
 
 
 def test_data_set_end_to_end_and_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PICTURES", {"train": ("coins", "moon"), "test": ("camera",)})
+    monkeypatch.setattr(denoise_data, "PICTURES", {"train": ("coins", "moon"), "test": ("camera",)})
     changes = {"data": "skimage", "size": 16, "k": [3], "eps_omega": [0.1], "epochs": 3, "batch_size": 1}
     changes |= {"kernel": ["fixed", "learnable"], "sigma": [0.1], "lr_deform": 1e-3, "lr_metric": 1e-3}
     whole = tiny(tmp_path, **changes, output=str(tmp_path / "whole"))
@@ -225,7 +227,7 @@ def test_data_set_end_to_end_and_resume(tmp_path, monkeypatch):
     for record in records:
         assert record["psnr"] > 10 and list(record)[: len(KEYS)] == [*KEYS[:2], "kernel", *KEYS[2:-1]]
 
-    calls, evaluate = [], module._evaluate
+    calls, evaluate = [], denoise_fit._evaluate
 
     def killed(*args):
         calls.append(1)
@@ -235,7 +237,7 @@ def test_data_set_end_to_end_and_resume(tmp_path, monkeypatch):
 
     stopped = tiny(tmp_path, **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_evaluate", killed)
+        patch.setattr(denoise_fit, "_evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             denoise(stopped)
     assert len(list((stopped.folder / "cells").glob("*.checkpoint"))) == 1
@@ -273,13 +275,13 @@ def test_folders_as_downloaded(tmp_path):
     (lists / "val.txt").write_text("2008_2\n")
     for data, inner, count in (("bsds300", "BSDS300", 2), ("voc2012", "VOCdevkit/VOC2012", 1)):
         for folder in (tmp_path, tmp_path / inner):
-            config = tiny(tmp_path, data=data, data_dir=str(folder))
-            assert len(module.image_paths(config, True)) == count and len(module.image_paths(config, False)) == 1
-            noisy, clean = NoisyImages(module.image_paths(config, True), 24, 0.1, 0)[0]
+            train, test = (image_paths(data, str(folder), part) for part in (True, False))
+            assert len(train) == count and len(test) == 1
+            noisy, clean = NoisyImages(train, 24, 0.1, 0)[0]
             assert noisy.shape == clean.shape == (1, 24, 24)
     (lists / "val.txt").write_text("2008_2\n2008_3\n")
     with pytest.raises(ConfigError, match=r"1 images that are missing.*2008_3"):
-        module.image_paths(config, False)
+        image_paths("voc2012", str(tmp_path), False)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_folders_as_downloaded(tmp_path):
             r"no BSDS300 in data_dir='nowhere'.*BSDS300-images.tgz.*images/train",
         ),
         ({"data": "voc2012", "data_dir": "nowhere"}, r"no VOCdevkit/VOC2012 in.*VOCtrainval.*JPEGImages"),
-        ({"k": [4]}, "k: expected odd"),
+        ({"k": [4]}, "k: expected odd numbers of at least 3; got 4"),
         ({"k": [7]}, "lr_deform: the paper gives"),
         ({"eps_omega": [0.0]}, "eps_omega"),
         ({"sigma": []}, "sigma: the list is empty"),

@@ -223,14 +223,15 @@ def test_network_with_nan_stays_in_its_image():
 @pytest.fixture(scope="module")
 def recipes():
     pytest.importorskip("accelerate", reason="needs the extra [demo]")
-    from timm_metricconv.recipes import config, train
+    from timm_metricconv.recipes import config, network, train
 
-    return {"ConfigError": config.ConfigError, "RecipeError": config.RecipeError, "module": train}
+    names = {"ConfigError": config.ConfigError, "RecipeError": config.RecipeError}
+    return {**names, "module": train, "network": network}
 
 
 def load(recipes, path, **changes):
     config = recipes["module"].TrainConfig(model="test_resnet_metric", checkpoint=str(path), **changes)
-    return recipes["module"].build_model(config, 5)
+    return recipes["network"].build_model(config, 5)
 
 
 @pytest.fixture(scope="module")

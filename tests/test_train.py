@@ -24,17 +24,8 @@ from timm.scheduler import create_scheduler_v2
 from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
-from timm_metricconv.recipes.train import (
-    TrainConfig,
-    TrainingDiverged,
-    build_model,
-    is_predictor,
-    learning_rate,
-    make_optimiser,
-    parameter_groups,
-    predictor_regulariser,
-    train,
-)
+from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
+from timm_metricconv.recipes.train import TrainConfig, TrainingDiverged, learning_rate, make_optimiser, train
 from timm_metricconv.recipes.validate import ValidateConfig, validate
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +195,7 @@ def test_fixed_kernels_stay(tmp_path, images):
 def test_parameter_groups():
     """Each parameter is in one group, decayed where it should be."""
     model = timm.create_model("test_resnet_metric")
-    groups = parameter_groups(model, TrainConfig(predictor_lr=0.1, weight_decay=0.3))
+    groups = parameter_groups(model, weight_decay=0.3, predictor_lr=0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     by_id = {id(p): group for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -310,6 +301,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, images, monkeypatch):
         ({"checkpoint": "nowhere.safetensors"}, "no file 'nowhere.safetensors'"),
         ({"batch_size": 1000}, "more than the 32 training images"),
         ({"amp": "fp16"}, "fp16"),
+        ({"epochs": 0}, "epochs: expected a number greater than 0; got 0"),
+        ({"sched": "wsd", "epochs": 1}, "sched='wsd' with epochs=1"),
+        ({"kernels": ["layer9"]}, "kernels: .*layer9.*; expected names of convolutions"),
     ],
 )
 def test_refusals(tmp_path, images, changes, message):
