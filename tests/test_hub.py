@@ -13,6 +13,7 @@ from timm_metricconv import MetricConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.hub import HubConfig, push
 
+pytestmark = pytest.mark.slow
 STANDARD = "timm/test_resnet.r160_in1k"
 
 

@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import timm_metricconv
+
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML parser")
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,11 @@ def sources(outer):
     return files
 
 
+def test_types_are_shipped():
+    """In the installed package, where mypy looks."""
+    assert (Path(timm_metricconv.__file__).parent / "py.typed").exists()
+
+
 def test_core_imports_what_it_declares():
     assert imports(*sources(outer=False)) == names(requirements())
 
@@ -86,10 +93,10 @@ def test_scripts_import_no_more_than_the_package(folder):
 
 def test_lowest_versions_are_those_that_ci_installs():
     """A bound that is raised in one place alone was never tested."""
-    pins = re.findall(r"^(\S+)==(\S+)", "\n".join(path.read_text() for path in (ROOT / ".ci").glob("lowest*.txt")), re.M)
+    text = "\n".join(path.read_text() for path in (ROOT / ".ci").glob("lowest*.txt"))
+    pinned = {canonicalize_name(name): version for name, version in re.findall(r"^(\S+)==(\S+)", text, re.MULTILINE)}
     declared = {
         canonicalize_name(requirement.name): next(s.version for s in requirement.specifier if s.operator == ">=")
         for requirement in [*requirements(), *requirements("test")]
     }
-    pinned = {canonicalize_name(name): version for name, version in pins}
-    assert {name: version for name, version in pinned.items() if name in declared} == declared
+    assert pinned == declared
