@@ -1,6 +1,7 @@
 """Metrics, parametrizations, drifts and patterns: pure tensor functions, no modules."""
 
 from .drifts import DRIFTS
+from .geodesics import geodesic_positions
 from .image_metric import image_metric
 from .implicit import RandersFit, anisotropy, asymmetry, fit_randers, star_hull, unit_ball
 from .metrics import Metric, conditioned, drift_norm, max_stretch, randers, square_root, zermelo_ellipse
@@ -19,6 +20,7 @@ __all__ = [
     "conditioned",
     "drift_norm",
     "fit_randers",
+    "geodesic_positions",
     "image_metric",
     "max_stretch",
     "randers",
