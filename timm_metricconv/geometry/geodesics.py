@@ -1,20 +1,21 @@
 """Unit geodesic balls: where the geodesics of a field of Randers metrics are after a given distance.
 
-In whitened form F(u) = ‖z‖ + v·z, z = A·u, so the dual unit sphere {F* = 1} is the circle ‖A⁻¹p − v‖ = 1. A geodesic of
-unit speed is the flow of H = ½F*² on H = ½, and there an angle θ says what the momentum p does: A⁻¹p = ζ + v with
+In whitened form F(u) = ‖z‖ + v·z, z = A·u, so the dual unit sphere {F* = 1} is the circle ‖A⁻¹p − v‖ = 1. Geodesics of
+unit speed are the flow of H = ½F*² on H = ½, and there an angle θ says what the momentum p does: A⁻¹p = ζ + v with
 ζ = (cos θ, sin θ), the direction of z. In these terms Hamilton's equations have no root and no division by 1 − ‖v‖²:
 
     (x, y)' = A⁻¹ζ / (1 + v·ζ),        θ' = −(curl e₁·cos θ + curl e₂·sin θ + curl ω) / (det A·(1 + v·ζ)),
 
-with e₁ = (a, b) and e₂ = (b, d) the rows of A, ω = A·v and curl w = ∂w_y/∂x − ∂w_x/∂y: what turns a geodesic is the
-curl of the metric's coframe, and that of the drift, as a magnetic field turns a charge. F of the velocity is 1 by algebra
-whatever is read for the right side, so a path is exactly as long as asked for.
+with e₁ = (a, b) and e₂ = (b, d) the rows of A, ω = A·v and curl w = ∂w_y/∂x − ∂w_x/∂y. The curl of the metric's
+coframe turns a geodesic, and that of the drift does, as a magnetic field turns a charge. F of the velocity is 1 by
+algebra, whatever the coefficients are: a path is exactly as long as asked for.
 
-The right side has eight coefficients: A⁻¹, the three curls over det A, and v. They are computed at the pixels, the curls
-by central differences, and read in between bilinearly. Field and first derivatives are so continuous, exact at a pixel,
-and of second order between pixels; a mean of positive definite A⁻¹ is one, and a mean of v with ‖v‖ < 1 has ‖v‖ < 1.
-One interpolation and its own derivative cannot do that: a kernel that is positive, continuously differentiable and exact
-at pixels is flat at each, and a geodesic along a row of pixels would never turn; a cubic one (Catmull-Rom) overshoots.
+There are eight coefficients: A⁻¹, the three curls over det A, and v. They are computed at the pixels, the curls by
+central differences, and read bilinearly in between. So the field and its first derivatives are continuous, exact or
+central at a pixel, and of second order between pixels. A mean of positive definite A⁻¹ is positive definite, and a mean of
+v with ‖v‖ < 1 has ‖v‖ < 1: a metric stays one. No single interpolation has all of this. A kernel that is positive, exact
+at pixels and continuously differentiable is flat there, and a geodesic along a row of pixels would never turn; a cubic
+one (Catmull-Rom) overshoots. The price: between pixels the curls are not those of the field that is read.
 """
 
 import math
@@ -62,17 +63,23 @@ def _read(table: Tensor, x: Tensor, y: Tensor, spacing: Tuple[float, float]) -> 
 
 
 def _slopes(
-    coefficients: Tensor, angle: Tensor, length: Tensor, floor: float = FLOOR, max_turn: float = MAX_TURN
+    coefficients: Tensor,
+    start: Tuple[Tensor, Tensor],
+    turn: Tensor,
+    length: Tensor,
+    floor: float = FLOOR,
+    max_turn: float = MAX_TURN,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """`length` times the derivatives of x, y and θ."""
+    """`length` times the derivatives of x, y and θ, where ζ is `start` turned by this much."""
     a, b, d, first, second, drift, vx, vy = coefficients.unbind(1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = turn.cos(), turn.sin()
+    cos, sin = start[0] * cos - start[1] * sin, start[1] * cos + start[0] * sin
     time = length / torch.addcmul(vx * cos, vy, sin).add(1).clamp(min=floor)
-    turn = torch.addcmul(torch.addcmul(drift, first, cos), second, sin) * time
+    rate = torch.addcmul(torch.addcmul(drift, first, cos), second, sin) * time
     return (
         torch.addcmul(a * cos, b, sin) * time,
         torch.addcmul(b * cos, d, sin) * time,
-        turn.clamp(-max_turn, max_turn),
+        rate.clamp(-max_turn, max_turn),
     )
 
 
@@ -84,9 +91,10 @@ def _progress(k1: Tensor, k23: Tensor, k4: Tensor, s: Tensor) -> Tensor:
 
 def _step(
     table: Tensor,
+    start: Tuple[Tensor, Tensor],
     x: Tensor,
     y: Tensor,
-    angle: Tensor,
+    turn: Tensor,
     samples_x: Tensor,
     samples_y: Tensor,
     length: Tensor,
@@ -97,56 +105,56 @@ def _step(
     """One step of all geodesics, and of the samples up to those parts `[R, D, 1, 1]` of it."""
     # The first is a pixel, which needs no interpolation
     here = table[:, :, None, 1:-1, 1:-1] if first else _read(table, x, y, spacing)
-    x1, y1, angle1 = _slopes(here, angle, length)
+    x1, y1, turn1 = _slopes(here, start, turn, length)
     there = _read(table, x + 0.5 * x1, y + 0.5 * y1, spacing)
-    x2, y2, angle2 = _slopes(there, angle + 0.5 * angle1, length)
+    x2, y2, turn2 = _slopes(there, start, turn + 0.5 * turn1, length)
     there = _read(table, x + 0.5 * x2, y + 0.5 * y2, spacing)
-    x3, y3, angle3 = _slopes(there, angle + 0.5 * angle2, length)
-    x4, y4, angle4 = _slopes(_read(table, x + x3, y + y3, spacing), angle + angle3, length)
+    x3, y3, turn3 = _slopes(there, start, turn + 0.5 * turn2, length)
+    x4, y4, turn4 = _slopes(_read(table, x + x3, y + y3, spacing), start, turn + turn3, length)
     x23, y23 = x2 + x3, y2 + y3
-    one = torch.ones_like(length)
     if parts.shape[0] > 1:
         samples_x = samples_x + _progress(x1[:, None], x23[:, None], x4[:, None], parts)
         samples_y = samples_y + _progress(y1[:, None], y23[:, None], y4[:, None], parts)
+    one = torch.ones_like(length)
     x, y = x + _progress(x1, x23, x4, one), y + _progress(y1, y23, y4, one)
-    return x, y, angle + _progress(angle1, angle2 + angle3, angle4, one), samples_x, samples_y
+    return x, y, turn + _progress(turn1, turn2 + turn3, turn4, one), samples_x, samples_y
 
 
 def _flow(
-    table: Tensor, angle: Tensor, radii: Tensor, steps: int, spacing: Tuple[float, float]
+    table: Tensor, start: Tuple[Tensor, Tensor], radii: Tensor, steps: int, spacing: Tuple[float, float]
 ) -> Tuple[Tensor, Tensor]:
-    """From every pixel in the directions θ `[B, D, H, W]` to the distances `[R, D]`: x and y, `[B, R, D, H, W]` each."""
+    """From every pixel with ζ, two of `[B, D, H, W]`, to the distances `[R, D]`: x and y, `[B, R, D, H, W]` each."""
     length = radii.amax(0) / steps
     parts = radii / length.clamp(min=1e-30)
     length, parts = length[:, None, None], parts[:, :, None, None]
-    x, y = torch.zeros_like(angle), torch.zeros_like(angle)
-    samples_x, samples_y = x[:, None], y[:, None]
+    x = torch.zeros_like(start[0])
+    y, turn, samples_x, samples_y = x, x, x[:, None], x[:, None]
     for number in range(steps):
         part = (parts - number).clamp(0, 1)
         if torch.jit.is_scripting():
-            x, y, angle, samples_x, samples_y = _step(
-                table, x, y, angle, samples_x, samples_y, length, part, number == 0, spacing
+            x, y, turn, samples_x, samples_y = _step(
+                table, start, x, y, turn, samples_x, samples_y, length, part, number == 0, spacing
             )
         else:
-            arguments = table, x, y, angle, samples_x, samples_y, length, part, number == 0, spacing
+            arguments = table, start, x, y, turn, samples_x, samples_y, length, part, number == 0, spacing
             if table.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 state = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = _step(*arguments)
-            x, y, angle, samples_x, samples_y = state
+            x, y, turn, samples_x, samples_y = state
     return (samples_x, samples_y) if radii.shape[0] > 1 else (x[:, None], y[:, None])
 
 
-def geodesic_positions(
-    fields: Tensor, points: Tensor, steps: int, spacing: Tuple[float, float] = (1.0, 1.0)
-) -> Tensor:
-    """The unit geodesic ball at every pixel: sample j is where the geodesic in direction û_j is after the F-distance r_j.
+def geodesic_positions(fields: Tensor, points: Tensor, steps: int, spacing: Tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """The unit geodesic ball at every pixel: sample j is where the geodesic in direction û_j is after the distance r_j.
 
-    All pixels and directions are integrated at once by the classical Runge-Kutta method: of fourth order where the field
-    is smooth, of second across the pixels of a grid. A radius that is not a direction's largest is read off on the way.
-    Outside the grid the field is that of the nearest pixel. Where ‖v‖ ≥ 1, which is no metric, F is kept at 1e-3·‖z‖.
-    The backward pass takes one step after the other again: between the passes only the paths' places and angles after
-    every step are kept. Values that are not finite give samples that are not.
+    All pixels and directions are integrated at once by the classical Runge-Kutta method, whose order is four where the
+    field is smooth and two across the pixels of a grid. Radii below a direction's largest are read off on the way, with
+    order three. Outside the grid the field is that of the nearest pixel. Where ‖v‖ ≥ 1, which is no metric, F is kept at
+    1e-3·‖z‖. Values that are not finite give samples that are not.
+
+    The backward pass takes each step again: between the passes only the paths' places and turns after every step are
+    kept. While compiling or exporting the steps are plain operators.
 
     No sample is farther away than r_j·max ‖A⁻¹‖ / (1 − max ‖v‖), the bound of the tangent ball.
 
@@ -181,6 +189,7 @@ def geodesic_positions(
     ux = torch.where(norm > 0, total[:, 0] / norm, 1.0)[:, None, None]
     uy = torch.where(norm > 0, total[:, 1] / norm, 0.0)[:, None, None]
     a, b, d = fields[:, 0:1], fields[:, 1:2], fields[:, 2:3]
-    angle = torch.atan2(b * ux + d * uy, a * ux + b * uy)
-    x, y = _flow(_coefficients(fields, spacing), angle, radii, steps, spacing)
+    zx, zy = a * ux + b * uy, b * ux + d * uy
+    size = (zx * zx + zy * zy).rsqrt()
+    x, y = _flow(_coefficients(fields, spacing), (zx * size, zy * size), radii, steps, spacing)
     return torch.stack((x, y), 3).flatten(1, 2)
