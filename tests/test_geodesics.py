@@ -82,12 +82,13 @@ def follow(monkeypatch):
     """`geodesic_positions` of a metric that is a formula: its place reads the grid's."""
 
     def coefficients(metric, q):
-        def forms(q):
+        def numbers(q):
             a, b, d, vx, vy = metric(q)
-            return torch.stack((a, b, d, a * vx + b * vy, b * vx + d * vy))
+            return torch.stack((a, b, d, a * vx + b * vy, b * vx + d * vy, vx, vy))
 
-        dx, dy = (jvp(forms, (q,), (torch.zeros_like(q).index_fill(-1, torch.tensor(i), 1),))[1] for i in (0, 1))
-        a, b, d, vx, vy = metric(q)
+        along = torch.stack([axis.expand_as(q) for axis in torch.eye(2, dtype=q.dtype)])
+        values, slopes = jvp(numbers, (torch.stack((q, q)),), (along,))
+        (dx, dy), (a, b, d, _, _, vx, vy) = slopes.unbind(1), values[:, 0]
         curls = dx[1] - dy[0], dx[2] - dy[1], dx[4] - dy[3]
         det = a * d - b * b
         return torch.stack((d / det, -b / det, a / det, *(-curl / det for curl in curls), vx, vy))
@@ -266,9 +267,8 @@ def test_order_of_the_integrator(follow):
     """Four at a direction's largest radius, three at those that are read off on the way."""
     metric, start = random_metric(), places()
     points = torch.tensor([[0.5], [1.2]], dtype=torch.float64)[:, None] * directions(5)
-    exact = torch.cat([follow(metric, start, ring, 64) for ring in points], 1)
-    errors = [(follow(metric, start, points, steps) - exact).abs().unflatten(1, (2, 5)) for steps in (4, 8, 16)]
-    print(order([error[:, 1].mean() for error in errors]), order([error[:, 0].mean() for error in errors]))
+    exact = follow(metric, start, points.flatten(0, 1), 40).unflatten(1, (2, 5))
+    errors = [(follow(metric, start, points, steps).unflatten(1, (2, 5)) - exact).abs() for steps in (4, 8, 16)]
     assert order([error[:, 1].mean() for error in errors]) == pytest.approx(4, abs=0.4)
     assert (order([error[:, 0].mean() for error in errors]) > 2.6).all()
 
@@ -293,7 +293,7 @@ def test_grids_converge_to_the_field(follow):
     """Of second order in the distance of the pixels, which differs between rows and columns."""
     metric, middle = random_metric(), torch.tensor([0.3, 1.4], dtype=torch.float64)
     points, steps, errors = 0.4 * directions(), 16, []
-    for n in (3, 6, 12, 24):
+    for n in (3, 6, 12):
         height, width = 0.7 / n, 1 / n
         offsets = torch.arange(-2 * n, 2 * n + 1, dtype=torch.float64)
         y, x = torch.meshgrid(middle[1] + height * offsets, middle[0] + width * offsets, indexing="ij")

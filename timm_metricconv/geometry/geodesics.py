@@ -11,11 +11,11 @@ coframe turns a geodesic, and that of the drift does, as a magnetic field turns 
 algebra, whatever the coefficients are: a path is exactly as long as asked for.
 
 There are eight coefficients: A⁻¹, the three curls over det A, and v. They are computed at the pixels, the curls by
-central differences, and read bilinearly in between. So the field and its first derivatives are continuous, exact or
-central at a pixel, and of second order between pixels. A mean of positive definite A⁻¹ is positive definite, and a mean of
-v with ‖v‖ < 1 has ‖v‖ < 1: a metric stays one. No single interpolation has all of this. A kernel that is positive, exact
-at pixels and continuously differentiable is flat there, and a geodesic along a row of pixels would never turn; a cubic
-one (Catmull-Rom) overshoots. The price: between pixels the curls are not those of the field that is read.
+central differences, and read bilinearly in between. So the field and its first derivatives are continuous, and of
+second order between pixels, where a mean of positive definite A⁻¹ is positive definite and a mean of v with ‖v‖ < 1 has
+‖v‖ < 1: a metric stays one. No single interpolation has all of this. A kernel that is positive, exact at pixels and
+continuously differentiable is flat there, and a geodesic along a row of pixels would never turn; a cubic one
+(Catmull-Rom) overshoots. The price: between pixels the curls are not quite those of the field that is read.
 """
 
 import math
@@ -150,8 +150,8 @@ def geodesic_positions(fields: Tensor, points: Tensor, steps: int, spacing: Tupl
 
     All pixels and directions are integrated at once by the classical Runge-Kutta method, whose order is four where the
     field is smooth and two across the pixels of a grid. Radii below a direction's largest are read off on the way, with
-    order three. Outside the grid the field is that of the nearest pixel. Where ‖v‖ ≥ 1, which is no metric, F is kept at
-    1e-3·‖z‖. Values that are not finite give samples that are not.
+    order three. Outside the grid the field is that of the nearest pixel. Where ‖v‖ ≥ 1, which is no metric, F is kept
+    at 1e-3·‖z‖. Values that are not finite give samples that are not.
 
     The backward pass takes each step again: between the passes only the paths' places and turns after every step are
     kept. While compiling or exporting the steps are plain operators.
