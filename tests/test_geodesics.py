@@ -17,8 +17,7 @@ def directions(count=8):
 
 
 def lattice(kernel_size=3, scale=1.0):
-    unit, radii = PATTERNS["lattice"](kernel_size)
-    return scale * radii[0, :, None] * unit
+    return scale * PATTERNS["lattice"](kernel_size)[0]
 
 
 def randers(five, u):

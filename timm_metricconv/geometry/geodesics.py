@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# F is kept at this multiple of ‖z‖: idle where ‖v‖ < 1.
-FLOOR = 1e-3
+from .metrics import FLOOR
+
 # A turn by more than this in one step is not resolved; without a bound, gradients of wild fields overflow.
 MAX_TURN = math.pi
 # det A over (tr A)² below this one is rounding.
