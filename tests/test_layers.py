@@ -18,6 +18,7 @@ PAPERS = {"parametrization": "spectral_scale", "drift": "sigmoid_norm_detach", "
 VARIANTS = {name: (layer, {}) for name, layer in LAYERS.items()}
 VARIANTS |= {f"{name}, modulated": (layer, {"modulated": True}) for name, layer in LAYERS.items()}
 VARIANTS |= {"paper's metric": (MetricConv2d, PAPERS), "Riemannian": (MetricConv2d, {"eps_omega": 1.0})}
+VARIANTS |= {"geodesic": (MetricConv2d, {"ball": "geodesic"})}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -372,6 +373,8 @@ def test_bad_arguments(layer, arguments, message):
         ({"parametrization": "logspf"}, "parametrization='logspf'.*logspd"),
         ({"drift": "none"}, "drift='none'.*whitened"),
         ({"pattern": "hex"}, "pattern='hex'.*lattice"),
+        ({"ball": "round"}, "ball='round'.*geodesic"),
+        ({"ball": "geodesic", "steps": 0}, "steps=0"),
         ({"eps_omega": 0}, "eps_omega=0"),
         ({"eps_omega": 1.5}, "eps_omega=1.5"),
         ({"eps_omega": math.nan}, "eps_omega=nan"),

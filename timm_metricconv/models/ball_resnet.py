@@ -31,7 +31,7 @@ PAPER: Dict[str, Any] = {
 }
 
 # What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
-METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale")
+METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps")
 
 
 class BallResNet(resnet.ResNet):
