@@ -9,6 +9,7 @@ import sys
 import torch
 
 from timm_metricconv import PAPER, MetricConv2d
+from timm_metricconv.ops import place
 from timm_metricconv.recipes.config import build, read_yaml
 from timm_metricconv.recipes.data import make_datasets, make_loader
 from timm_metricconv.recipes.network import adaptive_layers, create_model
@@ -32,8 +33,8 @@ CASES = (
 class MixedConv2d(MetricConv2d):
     """The sample of image b and direction j is read from the metric of image (b·K + j) mod B."""
 
-    def ball(self, raw):
-        own = super().ball(raw)
+    def samples(self, raw):
+        own = place(super().samples(raw))
         images, taps = own.shape[:2]
         n = torch.arange(images * taps, device=own.device).view(images, taps)
         mixed = own[n % images, torch.arange(taps, device=own.device)]
@@ -44,8 +45,8 @@ class MixedConv2d(MetricConv2d):
 class PlainConv2d(MetricConv2d):
     """The pattern itself, no metric: shows how much the metrics matter at all."""
 
-    def ball(self, raw):
-        return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(super().ball(raw))
+    def samples(self, raw):
+        return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(place(super().samples(raw)))
 
 
 def set_ball(model, kind):

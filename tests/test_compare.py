@@ -19,8 +19,8 @@ from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.network import build_model
 
 KEYS = [
-    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "params", "predictor_params", "gmacs",
-    "images_per_second", "seconds",
+    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "vs_standard", "params", "predictor_params",
+    "gmacs", "images_per_second", "seconds", "geometry",
 ]  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def tiny(tmp_path, **changes) -> CompareConfig:
     return CompareConfig(**values)
 
 
+@pytest.mark.slow
 def test_table_resume_and_kernels(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     train, calls = launch.train, []
@@ -65,7 +66,10 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
         assert (record["predictor_params"] == 0) == (record["conv"] == "standard")
     cost = {record["conv"]: record["gmacs"] for record in records}
     assert cost["standard"] < cost["metric"]
-    assert all((config.folder / name).stat().st_size > 100 for name in ("summary.csv", "summary.md", "curves.png"))
+    files = "summary.csv", "summary.md", "curves.png", "geometry.png"
+    assert all((config.folder / name).stat().st_size > 100 for name in files)
+    for record in records:
+        assert bool(record["geometry"]) == bool(record["vs_standard"]) == (record["conv"] == "metric")
 
     # FKW in all alike: the uniform kernel from scratch, the source's kernel under transfer
     source = load_file(config.folder / "source" / "model" / "model.safetensors")

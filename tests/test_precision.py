@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_metricconv import LAYERS, BallConv2d, MetricConv2d
+from timm_metricconv.ops import place
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = ["test_resnet_metric", "test_resnet_deform", "test_resnet_shifted"]
@@ -87,7 +88,7 @@ def test_matmul_precision_moves_no_sample():
     raw = layer.predict(x)
     try:
         torch.set_float32_matmul_precision("medium")
-        assert torch.equal(layer.ball(raw), positions)
+        assert torch.equal(place(layer.samples(raw)), positions)
         assert torch.equal(layer.predict(x), raw) and torch.equal(layer.positions(x), positions)
         torch.testing.assert_close(layer(x), out, rtol=2e-2, atol=2e-2)
     finally:
@@ -106,8 +107,9 @@ def test_gradient_checkpointing(name):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_ema():
-    model = network()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ema(name):
+    model = network(name)
     ema = ModelEmaV3(model, decay=0.75)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
@@ -179,6 +181,7 @@ def _whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, way):
     if not dist.is_available() or not dist.is_gloo_available():
@@ -206,6 +209,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet_metric", "resnet18_metric"])
 def test_large_image_in_3_gb(name):
     """The peak of the whole process, libraries included."""

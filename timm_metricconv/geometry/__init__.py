@@ -1,9 +1,10 @@
 """Metrics, parametrizations, drifts and patterns: pure tensor functions, no modules."""
 
 from .drifts import DRIFTS
+from .geodesics import geodesic_positions
 from .image_metric import image_metric
 from .implicit import RandersFit, anisotropy, asymmetry, fit_randers, star_hull, unit_ball
-from .metrics import Metric, conditioned, drift_norm, max_stretch, randers, square_root, zermelo_ellipse
+from .metrics import Metric, Root, randers, square_root, zermelo_ellipse
 from .parametrizations import PARAMETRIZATIONS, Parametrization
 from .patterns import PATTERNS
 
@@ -14,13 +15,12 @@ __all__ = [
     "Metric",
     "Parametrization",
     "RandersFit",
+    "Root",
     "anisotropy",
     "asymmetry",
-    "conditioned",
-    "drift_norm",
     "fit_randers",
+    "geodesic_positions",
     "image_metric",
-    "max_stretch",
     "randers",
     "square_root",
     "star_hull",
