@@ -11,7 +11,7 @@ Each owns what it writes, so nothing is added in a changing order.
 import math
 import operator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
@@ -29,10 +29,11 @@ from .reference import first_centre
 
 # `geometry.randers` keeps F above this share of ‖z‖.
 FLOOR = 1e-3
-# Columns in memory at a time: they fit a core's second-level cache.
-SLAB_BYTES = 2**20
-# Output pixels of which a thread has enough to do: to start one takes some 50 µs.
-THREAD_SAMPLES = 2**12
+# Numbers to read of which a thread has enough to do: some 0.2 ms, where to start one takes 0.05.
+THREAD_NUMBERS = 2**19
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
 
 
 # --- a register as a type of Numba -----------------------------------------------------------------------------------
@@ -120,8 +121,9 @@ def _store(builder, array, index, register):
     builder.store(register, _at(builder, array, index, _floats), align=4)
 
 
-def _store_whole(builder, array, index, register):
-    builder.store(builder.fptosi(register, _ints), _at(builder, array, index, _ints), align=4)
+def _store_corner(builder, array, index, row, column, width):
+    row, column, width = (builder.fptosi(register, _ints) for register in (row, column, width))
+    builder.store(builder.add(builder.mul(row, width), column), _at(builder, array, index, _ints), align=4)
 
 
 def _where_larger(builder, a, b, yes, no):
@@ -141,12 +143,12 @@ def store(array, index, register):
     """Writes them."""
 
 
-def store_whole(array, index, register):
-    """Writes whole numbers to an array of integers."""
+def store_corner(array, index, row, column, width):
+    """Writes row · width + column, which float32 may not hold, to an array of integers."""
 
 
 def spread(array, index):
-    """Sixteen times a number of an array."""
+    """Sixteen times one number of an array."""
 
 
 def larger(a, b):
@@ -166,7 +168,12 @@ def total(register):
 
 
 # `contract`: a product and a sum become one instruction where the processor has it
-for _function, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _function, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _operation(
         _function,
         lambda builder, a, b, name=_name: getattr(builder, name)(a, b, flags=("contract",)),
@@ -181,7 +188,7 @@ _operation(smaller, _choice("<"), _register, *_pairs)
 _operation(where_larger, _where_larger, _register, (_register,) * 4)
 _operation(load, _load, _register, (_array, numba.intp))
 _operation(store, _store, numba.types.none, (_array, numba.intp, _register))
-_operation(store_whole, _store_whole, numba.types.none, (_indices, numba.intp, _register))
+_operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp, *[_register] * 3))
 _operation(total, _total, numba.float32, (_register,))
 
 
@@ -197,73 +204,67 @@ def _compiled(function: Callable) -> Callable:
 
 
 class _Lattice(NamedTuple):
-    """What every kernel is told. Output pixels are counted row by row through all images of the batch."""
+    """The sizes that a kernel needs. Output pixels are numbered row by row, image by image."""
 
-    height: int  # of the image, two at least
+    height: int  # of an image, two at least
     width: int
-    channels: int  # of a pixel in memory: G runs of whole registers
+    channels: int  # of a pixel in memory: a run of whole registers for each metric group
     out_pixels: int  # of an image
     out_width: int
     stride_y: int
     stride_x: int
-    top: float  # first centre
+    top: float  # the first centre
     left: float
     taps: int
     metric_groups: int
-    from_metric: bool  # the source: fields of metrics, or positions
+    from_metric: bool  # whether the source is a field of metrics
     eps: float
     masked: bool
-    source_strides: Tuple[int, int, int]  # in memory: of images, numbers of a pixel, and pixels
+    source_strides: Tuple[int, int, int]  # in memory: of images, of a pixel's numbers, of pixels
     mask_strides: Tuple[int, int, int]
 
 
-class _Plan(NamedTuple):
-    """How sixteen pixels' samples read an image. Arrays of K·16 numbers, one tap after the other, or of four times that."""
+class _Inputs(NamedTuple):
+    """What all kernels read, flat."""
 
-    fields: np.ndarray  # [5, 16], the metrics
-    centres: np.ndarray  # [2, 16], (x, y)
-    corners: np.ndarray  # [K, 16] int32, the pixel that is the sample's upper left corner
-    shares: np.ndarray  # [K, 4, 16], bilinear weights of the corners (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)
-    slopes: np.ndarray  # [K, 4, 16], their derivatives along x; of a metric's sample along its ray
-    slopes_y: np.ndarray  # [K, 4, 16], along y; unused with a metric
+    lattice: _Lattice
+    x: np.ndarray  # [B, height, width, channels]
+    source: np.ndarray
+    mask: np.ndarray
+    points: np.ndarray  # [K, 4], the pattern's points and their directions
+
+
+class _Plan(NamedTuple):
+    """How the samples of sixteen output pixels read an image, flat and in float32.
+
+    Corners are (0, 0), (0, 1), (1, 0) and (1, 1) as (down, right).
+    """
+
+    fields: np.ndarray  # [5, 16] the metrics
+    centres: np.ndarray  # [2, 16] (x, y)
+    corners: np.ndarray  # [K, 16] int32, the pixel at the first corner
+    shares: np.ndarray  # [K, 4, 16] the corners' bilinear weights
+    slopes: np.ndarray  # [K, 4, 16] their derivative along x; where there is a metric, by the sample's stretch
+    slopes_y: np.ndarray  # [K, 4, 16] and along y
     masks: np.ndarray  # [K, 16]
 
 
 @_compiled
 def _empty_plan(taps):
-    n = taps * LANES
     return _Plan(
         np.empty(5 * LANES, np.float32),
         np.empty(2 * LANES, np.float32),
-        np.empty(n, np.int32),
-        np.empty(4 * n, np.float32),
-        np.empty(4 * n, np.float32),
-        np.empty(4 * n, np.float32),
-        np.ones(n, np.float32),
+        np.empty(taps * LANES, np.int32),
+        np.empty(taps * 4 * LANES, np.float32),
+        np.empty(taps * 4 * LANES, np.float32),
+        np.empty(taps * 4 * LANES, np.float32),
+        np.ones(taps * LANES, np.float32),
     )
 
 
 @_compiled
-def _hat(distance):
-    """max(0, 1 − |distance|)"""
-    return larger(1 - abs(distance), 0)
-
-
-@_compiled
-def _axis(coordinate, size):
-    """The near corner along an axis of `size` pixels, and the distance from it.
-
-    The near corner stays in the image, and the hat function does the rest: a sample that is a pixel or more outside
-    weighs nothing. NaN is outside.
-    """
-    coordinate = smaller(larger(coordinate, -2), size + 1)
-    near = smaller(larger(math.floor(coordinate), 0), size - 2)
-    return near, coordinate - near
-
-
-@_compiled
 def _randers(plan, ux, uy):
-    """z = A·u, ‖z‖ and F(u) = ‖z‖ + v·z of sixteen metrics, as `geometry.randers` has it."""
+    """z = A·u, ‖z‖ and F(u) = ‖z‖ + v·z of sixteen metrics, as `geometry.randers`."""
     a, b, d = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 2 * LANES)
     zx, zy = a * ux + b * uy, b * ux + d * uy
     norm = math.sqrt(larger(zx * zx + zy * zy, 1e-30))
@@ -272,12 +273,47 @@ def _randers(plan, ux, uy):
 
 
 @_compiled
-def _find(lattice, source, mask, points, first, last, group, gradients, plan):
-    """Fills the plan for the output pixels from `first`, where those from `last` on repeat the one before.
+def _hat(distance):
+    """max(0, 1 − |distance|)."""
+    return larger(1 - abs(distance), 0)
 
-    With `gradients` the slopes are wanted, and shares without the mask.
+
+@_compiled
+def _axis(coordinate, size):
+    """The near corner along an axis of `size` pixels, and the distance from it.
+
+    The corner stays in the image and the hat does the rest: a sample that is a pixel or more outside weighs nothing.
+    NaN is outside.
     """
-    at, mask_at = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    coordinate = smaller(larger(coordinate, -2), size + 1)
+    corner = smaller(larger(math.floor(coordinate), 0), size - 2)
+    return corner, coordinate - corner
+
+
+@_compiled
+def _hat_slopes(distance):
+    """The slopes of the near and of the far corner's hat: what they rise in the cell to the right, as torchvision's."""
+    cell = math.floor(distance)
+    here = _hat(cell)
+    return _hat(cell + 1) - here, here - _hat(cell - 1)
+
+
+@_compiled
+def _store_products(array, at, y0, y1, x0, x1):
+    store(array, at, y0 * x0)
+    store(array, at + LANES, y0 * x1)
+    store(array, at + 2 * LANES, y1 * x0)
+    store(array, at + 3 * LANES, y1 * x1)
+
+
+@_compiled
+def _fill_plan(plan, inputs, first, last, group, for_gradients):
+    """Plans the output pixels from `first`; those from `last` on repeat the one before it.
+
+    The mask goes into the shares, or, `for_gradients`, where the slopes are wanted too, stays beside them.
+    """
+    lattice, points = inputs.lattice, inputs.points
+    source_at, mask_at = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     for i in range(LANES):
         pixel = min(first + i, last - 1)
         image = pixel // lattice.out_pixels
@@ -285,239 +321,213 @@ def _find(lattice, source, mask, points, first, last, group, gradients, plan):
         row = pixel // lattice.out_width
         plan.centres[i] = lattice.left + lattice.stride_x * (pixel - row * lattice.out_width)
         plan.centres[LANES + i] = lattice.top + lattice.stride_y * row
-        at[i] = image * lattice.source_strides[0] + pixel * lattice.source_strides[2]
+        source_at[i] = image * lattice.source_strides[0] + pixel * lattice.source_strides[2]
         mask_at[i] = image * lattice.mask_strides[0] + pixel * lattice.mask_strides[2]
     if lattice.from_metric:
         for field in range(5):
-            shift = (group * 5 + field) * lattice.source_strides[1]
+            number = (group * 5 + field) * lattice.source_strides[1]
             for i in range(LANES):
-                plan.fields[field * LANES + i] = source[at[i] + shift]
+                plan.fields[field * LANES + i] = inputs.source[source_at[i] + number]
 
     centre_x, centre_y = load(plan.centres, 0), load(plan.centres, LANES)
-    offset = np.empty(2 * LANES, np.float32)
+    offsets = np.empty(2 * LANES, np.float32)
     for tap in range(lattice.taps):
         px, py = points[4 * tap], points[4 * tap + 1]
         if lattice.from_metric:
             stretch = 1 / (_randers(plan, points[4 * tap + 2], points[4 * tap + 3])[3] + lattice.eps)
-            x, y = stretch * px, stretch * py
+            offset_x, offset_y = stretch * px, stretch * py
         else:
-            shift = 2 * (group * lattice.taps + tap) * lattice.source_strides[1]
+            number = 2 * (group * lattice.taps + tap) * lattice.source_strides[1]
             for i in range(LANES):
-                offset[i] = source[at[i] + shift]
-                offset[LANES + i] = source[at[i] + shift + lattice.source_strides[1]]
-            x, y = load(offset, 0), load(offset, LANES)
-        column, right = _axis(centre_x + x, lattice.width)
-        row, down = _axis(centre_y + y, lattice.height)
-        store_whole(plan.corners, tap * LANES, row * lattice.width + column)
+                offsets[i] = inputs.source[source_at[i] + number]
+                offsets[LANES + i] = inputs.source[source_at[i] + number + lattice.source_strides[1]]
+            offset_x, offset_y = load(offsets, 0), load(offsets, LANES)
+        column, right = _axis(centre_x + offset_x, lattice.width)
+        row, down = _axis(centre_y + offset_y, lattice.height)
+        store_corner(plan.corners, tap * LANES, row, column, row - row + lattice.width)
         x0, x1, y0, y1 = _hat(right), _hat(right - 1), _hat(down), _hat(down - 1)
         if lattice.masked:
+            number = (group * lattice.taps + tap) * lattice.mask_strides[1]
             for i in range(LANES):
-                plan.masks[tap * LANES + i] = mask[mask_at[i] + (group * lattice.taps + tap) * lattice.mask_strides[1]]
-            if not gradients:
-                factor = load(plan.masks, tap * LANES)
-                y0, y1 = y0 * factor, y1 * factor
-        corner = 4 * tap * LANES
-        store(plan.shares, corner, y0 * x0)
-        store(plan.shares, corner + LANES, y0 * x1)
-        store(plan.shares, corner + 2 * LANES, y1 * x0)
-        store(plan.shares, corner + 3 * LANES, y1 * x1)
-        if gradients:
-            # A hat's slope is its rise over the pixel it is in, taken from the right as torchvision's.
-            cell = math.floor(right)
-            sx0, sx1 = _hat(cell + 1) - _hat(cell), _hat(cell) - _hat(cell - 1)
-            cell = math.floor(down)
-            sy0, sy1 = _hat(cell + 1) - _hat(cell), _hat(cell) - _hat(cell - 1)
+                plan.masks[tap * LANES + i] = inputs.mask[mask_at[i] + number]
+        at = tap * 4 * LANES
+        if not for_gradients:
+            mask = load(plan.masks, tap * LANES)
+            _store_products(plan.shares, at, mask * y0, mask * y1, x0, x1)
+        else:
+            _store_products(plan.shares, at, y0, y1, x0, x1)
+            near, far = _hat_slopes(right)
+            _store_products(plan.slopes, at, y0, y1, near, far)
+            near, far = _hat_slopes(down)
+            _store_products(plan.slopes_y, at, near, far, x0, x1)
             if lattice.from_metric:
-                store(plan.slopes, corner, px * (y0 * sx0) + py * (sy0 * x0))
-                store(plan.slopes, corner + LANES, px * (y0 * sx1) + py * (sy0 * x1))
-                store(plan.slopes, corner + 2 * LANES, px * (y1 * sx0) + py * (sy1 * x0))
-                store(plan.slopes, corner + 3 * LANES, px * (y1 * sx1) + py * (sy1 * x1))
-            else:
-                store(plan.slopes, corner, y0 * sx0)
-                store(plan.slopes, corner + LANES, y0 * sx1)
-                store(plan.slopes, corner + 2 * LANES, y1 * sx0)
-                store(plan.slopes, corner + 3 * LANES, y1 * sx1)
-                store(plan.slopes_y, corner, sy0 * x0)
-                store(plan.slopes_y, corner + LANES, sy0 * x1)
-                store(plan.slopes_y, corner + 2 * LANES, sy1 * x0)
-                store(plan.slopes_y, corner + 3 * LANES, sy1 * x1)
+                for corner in range(at, at + 4 * LANES, LANES):
+                    along = px * load(plan.slopes, corner) + py * load(plan.slopes_y, corner)
+                    store(plan.slopes, corner, along)
 
 
-# --- forward: sixteen channels at a time -----------------------------------------------------------------------------
+@_compiled
+def _through_metric(plan, inputs, grad_stretch):
+    """Gradients of sixteen pixels' stretches 1 / (F + ε), [K, 16] → of their metrics, in the place of `plan.fields`."""
+    vx, vy = load(plan.fields, 3 * LANES), load(plan.fields, 4 * LANES)
+    grad_a = grad_b = grad_d = grad_vx = grad_vy = nothing = vx - vx
+    for tap in range(inputs.lattice.taps):
+        ux, uy = inputs.points[4 * tap + 2], inputs.points[4 * tap + 3]
+        zx, zy, norm, finsler = _randers(plan, ux, uy)
+        stretch = 1 / (finsler + inputs.lattice.eps)
+        grad = nothing - load(grad_stretch, tap * LANES) * stretch * stretch
+        # where F is kept at its floor only ‖z‖ counts
+        floor = norm * FLOOR
+        by_drift = where_larger(finsler, floor, grad, nothing)
+        by_norm = where_larger(finsler, floor, grad, grad * FLOOR) / norm
+        grad_zx, grad_zy = by_norm * zx + by_drift * vx, by_norm * zy + by_drift * vy
+        grad_a, grad_b, grad_d = grad_a + grad_zx * ux, grad_b + grad_zx * uy + grad_zy * ux, grad_d + grad_zy * uy
+        grad_vx, grad_vy = grad_vx + by_drift * zx, grad_vy + by_drift * zy
+    store(plan.fields, 0, grad_a)
+    store(plan.fields, LANES, grad_b)
+    store(plan.fields, 2 * LANES, grad_d)
+    store(plan.fields, 3 * LANES, grad_vx)
+    store(plan.fields, 4 * LANES, grad_vy)
+
+
+# --- what they read: sixteen channels at a time ----------------------------------------------------------------------
 
 
 @_compiled
 def _mean(x, at, below, right, shares, sample):
-    """The four corners of a sample, from the channel at `at`, weighed by shares or slopes."""
+    """A sample's four corners, weighed by its shares or by its slopes, for the channels from `at` on."""
     upper = spread(shares, sample) * load(x, at) + spread(shares, sample + LANES) * load(x, at + right)
     sample += 2 * LANES
-    lower = spread(shares, sample) * load(x, below) + spread(shares, sample + LANES) * load(x, below + right)
-    return upper + lower
+    return upper + spread(shares, sample) * load(x, below) + spread(shares, sample + LANES) * load(x, below + right)
 
 
 @_compiled
-def _depthwise(first, last, lattice, x, source, mask, points, weight, bias, out):
-    """The output pixels from `first` to `last` of a depthwise layer. `weight`: [K, C]."""
-    plan, channels = _empty_plan(lattice.taps), lattice.channels
+def _depthwise(first, last, inputs, weight, bias, out):
+    """The output pixels from `first` to `last` of a depthwise layer, its kernel [K, channels]."""
+    lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
+    channels, taps = lattice.channels, lattice.taps
     run, line = channels // lattice.metric_groups, lattice.width * channels
     for chunk in range(first, last, LANES):
         for group in range(lattice.metric_groups):
-            _find(lattice, source, mask, points, chunk, last, group, False, plan)
+            _fill_plan(plan, inputs, chunk, last, group, False)
             for i in range(min(LANES, last - chunk)):
                 image = (chunk + i) // lattice.out_pixels * lattice.height * line
                 for c in range(group * run, group * run + run, LANES):
                     added = load(bias, c)
-                    for tap in range(lattice.taps):
+                    for tap in range(taps):
                         at = image + plan.corners[tap * LANES + i] * channels + c
-                        value = _mean(x, at, at + line, channels, plan.shares, 4 * tap * LANES + i)
+                        value = _mean(inputs.x, at, at + line, channels, plan.shares, tap * 4 * LANES + i)
                         added = added + value * load(weight, tap * channels + c)
                     store(out, (chunk + i) * channels + c, added)
 
 
 @_compiled
-def _columns(first, last, lattice, x, source, mask, points, columns, origin):
-    """The columns [n, K, C] of the output pixels from `first` to `last`, those of the pixel `origin` at the beginning."""
-    plan, channels = _empty_plan(lattice.taps), lattice.channels
+def _columns(first, last, inputs, columns, origin):
+    """The columns [n, K, channels] of the output pixels from `first` to `last`, both counted from `origin` on."""
+    lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
+    channels, taps = lattice.channels, lattice.taps
     run, line = channels // lattice.metric_groups, lattice.width * channels
     for chunk in range(first, last, LANES):
         for group in range(lattice.metric_groups):
-            _find(lattice, source, mask, points, chunk, last, group, False, plan)
+            _fill_plan(plan, inputs, origin + chunk, origin + last, group, False)
             for i in range(min(LANES, last - chunk)):
-                image = (chunk + i) // lattice.out_pixels * lattice.height * line
-                for tap in range(lattice.taps):
+                image = (origin + chunk + i) // lattice.out_pixels * lattice.height * line
+                for tap in range(taps):
                     corner = image + plan.corners[tap * LANES + i] * channels
-                    column = ((chunk + i - origin) * lattice.taps + tap) * channels
+                    column = ((chunk + i) * taps + tap) * channels
                     for c in range(group * run, group * run + run, LANES):
                         at = corner + c
-                        value = _mean(x, at, at + line, channels, plan.shares, 4 * tap * LANES + i)
+                        value = _mean(inputs.x, at, at + line, channels, plan.shares, tap * 4 * LANES + i)
                         store(columns, column + c, value)
 
 
-# --- backward --------------------------------------------------------------------------------------------------------
+class _Results(NamedTuple):
+    """The gradients, flat; of length 0 where not wanted."""
 
-
-class _Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    x: bool
-    source: bool
-    weight: bool
-
-
-@_compiled
-def _add(x, at, factor, value):
-    store(x, at, load(x, at) + factor * value)
+    x: np.ndarray  # [B, height, width, channels], begins at 0
+    source: np.ndarray  # [B, H_out, W_out, ...]
+    mask: np.ndarray  # [B, H_out, W_out, G·K]
+    weight: np.ndarray  # [B, K, channels] of a depthwise kernel, image by image; begins at 0
 
 
 @_compiled
-def _backward(
-    first, last, lattice, needs, depthwise, x, source, mask, points, weight, grad, images, pixels, results
-):
-    """Everything that a sample's gradient gives, for the metric groups from `first` to `last`, counted through images.
+def _add(array, at, value):
+    store(array, at, load(array, at) + value)
 
-    A group of an image owns what it adds to: its channels of the image's gradient, and of a kernel's gradient for each
-    image. Where `depthwise`, `grad` is the output's and a sample's gradient is made here; else it holds samples'
-    gradients `[images, pixels, K, C]`, in whose place the samples themselves are left for the kernel's gradient.
+
+@_compiled
+def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, results):
+    """All gradients of the samples of some output pixels.
+
+    A unit of work is a metric group of an image: it owns what it adds to, and adds pixel by pixel.
 
     Args:
-        first: Number of the first (image, group); the images are counted from the first of `images`.
-        last: The number after the last.
-        lattice: As for the other kernels.
-        needs: Gradients wanted.
-        depthwise: Whether `grad` and `weight` are a depthwise layer's.
-        x: Images.
-        source: Metrics or positions.
-        mask: As they.
-        points: (x, y) and direction of each.
-        weight: [K, C]; of a depthwise layer.
-        grad: See above.
-        images: First image.
-        pixels: First and last output pixel of each image.
-        results: Gradients of x, source, mask, and [B, K, C] of the weight.
+        first: The first unit, counted from the image `image_0` on.
+        last: The unit after the last.
+        inputs: As always.
+        image_0: See above.
+        pixel_0: First output pixel of every image.
+        pixel_1: The one after the last.
+        weight: Of a depthwise layer [K, channels]; else of length 0.
+        upstream: Of a depthwise layer the gradient of its output, [B, H_out, W_out, channels]. Else that of the
+            samples, `[images, pixels, K, channels]`; the samples themselves come into its place.
+        results: What is added to, or written.
     """
-    plan, channels, taps = _empty_plan(lattice.taps), lattice.channels, lattice.taps
-    grad_x, grad_source, grad_mask, grad_weight = results
-    run, line = channels // lattice.metric_groups, lattice.width * channels
-    along, along_y, along_mask = np.zeros(taps * LANES, np.float32), np.zeros(taps * LANES, np.float32), np.zeros(taps * LANES, np.float32)
+    lattice, plan, x = inputs.lattice, _empty_plan(inputs.lattice.taps), inputs.x
+    channels, taps, groups = lattice.channels, lattice.taps, lattice.metric_groups
+    run, line = channels // groups, lattice.width * channels
+    need_x, need_source, need_weight = len(results.x) > 0, len(results.source) > 0, len(results.weight) > 0
+    by_stretch = np.zeros(taps * LANES, np.float32)
     for unit in range(first, last):
-        group, image = unit % lattice.metric_groups, images + unit // lattice.metric_groups
-        begin, end = image * lattice.out_pixels + pixels[0], image * lattice.out_pixels + pixels[1]
+        image, group = image_0 + unit // groups, unit % groups
+        begin, end = image * lattice.out_pixels + pixel_0, image * lattice.out_pixels + pixel_1
         for chunk in range(begin, end, LANES):
-            _find(lattice, source, mask, points, chunk, end, group, True, plan)
-            for i in range(min(LANES, end - chunk)):
+            _fill_plan(plan, inputs, chunk, end, group, True)
+            count = min(LANES, end - chunk)
+            for i in range(count):
+                place = (chunk + i) * groups + group
+                column = ((image - image_0) * (pixel_1 - pixel_0) + chunk + i - begin) * taps
                 for tap in range(taps):
-                    sample = tap * LANES + i
-                    share = 4 * tap * LANES + i
-                    corner = (image * lattice.height * lattice.width + plan.corners[sample]) * channels
-                    factor = spread(plan.masks, sample)
-                    slope = slope_y = product = factor - factor
+                    share = tap * 4 * LANES + i
+                    mask = spread(plan.masks, tap * LANES + i)
+                    slope = slope_y = product = mask - mask
+                    corner = image * lattice.height * line + plan.corners[tap * LANES + i] * channels
                     for c in range(group * run, group * run + run, LANES):
                         at, below = corner + c, corner + line + c
                         value = _mean(x, at, below, channels, plan.shares, share)
-                        if depthwise:
-                            upstream = load(grad, (chunk + i) * channels + c)
-                            value_at = (image * taps + tap) * channels + c
-                            if needs.weight:
-                                _add(grad_weight, value_at, upstream * factor, value)
-                            upstream = upstream * load(weight, tap * channels + c)
+                        if len(weight):
+                            grad = load(upstream, (chunk + i) * channels + c)
+                            if need_weight:
+                                _add(results.weight, (image * taps + tap) * channels + c, grad * (mask * value))
+                            grad = grad * load(weight, tap * channels + c)
                         else:
-                            value_at = (((image - images) * (pixels[1] - pixels[0]) + chunk + i - begin) * taps + tap) * channels + c
-                            upstream = load(grad, value_at)
-                            store(grad, value_at, factor * value)
-                        if needs.source:
-                            slope = slope + upstream * _mean(x, at, below, channels, plan.slopes, share)
+                            grad = load(upstream, (column + tap) * channels + c)
+                            store(upstream, (column + tap) * channels + c, mask * value)
+                        if need_source:
+                            slope = slope + grad * _mean(x, at, below, channels, plan.slopes, share)
                             if not lattice.from_metric:
-                                slope_y = slope_y + upstream * _mean(x, at, below, channels, plan.slopes_y, share)
+                                slope_y = slope_y + grad * _mean(x, at, below, channels, plan.slopes_y, share)
                             if lattice.masked:
-                                product = product + upstream * value
-                        if needs.x:
-                            upstream = upstream * factor
-                            _add(grad_x, at, spread(plan.shares, share), upstream)
-                            _add(grad_x, at + channels, spread(plan.shares, share + LANES), upstream)
-                            _add(grad_x, below, spread(plan.shares, share + 2 * LANES), upstream)
-                            _add(grad_x, below + channels, spread(plan.shares, share + 3 * LANES), upstream)
-                    if needs.source:
-                        along[sample] = total(slope * factor)
-                        if not lattice.from_metric:
-                            along_y[sample] = total(slope_y * factor)
+                                product = product + grad * value
+                        if need_x:
+                            grad = mask * grad
+                            _add(results.x, at, spread(plan.shares, share) * grad)
+                            _add(results.x, at + channels, spread(plan.shares, share + LANES) * grad)
+                            _add(results.x, below, spread(plan.shares, share + 2 * LANES) * grad)
+                            _add(results.x, below + channels, spread(plan.shares, share + 3 * LANES) * grad)
+                    if need_source:
+                        if lattice.from_metric:
+                            by_stretch[tap * LANES + i] = total(mask * slope)
+                        else:
+                            results.source[2 * (place * taps + tap)] = total(mask * slope)
+                            results.source[2 * (place * taps + tap) + 1] = total(mask * slope_y)
                         if lattice.masked:
-                            along_mask[sample] = total(product)
-            if needs.source:
-                if lattice.from_metric:
-                    _through_metric(lattice, points, along, plan)
-                for i in range(min(LANES, end - chunk)):
-                    place = (chunk + i) * lattice.metric_groups + group
-                    if lattice.from_metric:
-                        for field in range(5):
-                            grad_source[5 * place + field] = plan.fields[field * LANES + i]
-                    for tap in range(taps):
-                        if not lattice.from_metric:
-                            grad_source[2 * (place * taps + tap)] = along[tap * LANES + i]
-                            grad_source[2 * (place * taps + tap) + 1] = along_y[tap * LANES + i]
-                        if lattice.masked:
-                            grad_mask[place * taps + tap] = along_mask[tap * LANES + i]
-
-
-@_compiled
-def _through_metric(lattice, points, along, plan):
-    """Gradients of the samples' stretches 1 / (F + ε) → of the metrics, in the place of `plan.fields`."""
-    vx, vy = load(plan.fields, 3 * LANES), load(plan.fields, 4 * LANES)
-    ga = gb = gd = gx = gy = vx - vx
-    for tap in range(lattice.taps):
-        ux, uy = points[4 * tap + 2], points[4 * tap + 3]
-        zx, zy, norm, finsler = _randers(plan, ux, uy)
-        stretch = 1 / (finsler + lattice.eps)
-        grad = 0 - load(along, tap * LANES) * stretch * stretch
-        # where F is kept at its floor, only ‖z‖ counts
-        by_norm, by_drift = where_larger(finsler, norm * FLOOR, grad, grad * FLOOR), where_larger(finsler, norm * FLOOR, grad, grad - grad)
-        gzx, gzy = by_norm * zx / norm + by_drift * vx, by_norm * zy / norm + by_drift * vy
-        ga, gb, gd = ga + gzx * ux, gb + gzx * uy + gzy * ux, gd + gzy * uy
-        gx, gy = gx + by_drift * zx, gy + by_drift * zy
-    store(plan.fields, 0, ga)
-    store(plan.fields, LANES, gb)
-    store(plan.fields, 2 * LANES, gd)
-    store(plan.fields, 3 * LANES, gx)
-    store(plan.fields, 4 * LANES, gy)
+                            results.mask[place * taps + tap] = total(product)
+            if need_source and lattice.from_metric:
+                _through_metric(plan, inputs, by_stretch)
+                for i in range(count):
+                    for field in range(5):
+                        results.source[5 * ((chunk + i) * groups + group) + field] = plan.fields[field * LANES + i]
 
 
 # --- between torch and the kernels -----------------------------------------------------------------------------------
@@ -527,187 +537,171 @@ def _flat(t: Tensor) -> np.ndarray:
     return t.detach().contiguous().view(-1).numpy()
 
 
-def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, int, int]]:
-    """`[B, ..., H, W]` as it lies in memory, and the strides of images, of numbers of a pixel, and of pixels."""
+def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, ...]]:
+    """`[B, ..., H, W]` as it lies in memory, and the strides of images, of a pixel's numbers and of pixels."""
     t = t.detach().float().flatten(1, -3).flatten(2)
-    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
     return t.as_strided((reach,), (1,)).numpy(), t.stride()
 
 
-def _runs(t: Tensor, groups: int) -> Tensor:
-    """`[..., C]` with each of `groups` runs of channels filled up to whole registers."""
+def _in_runs(t: Tensor, groups: int) -> Tensor:
+    """`[..., C]` → each of the groups' runs of channels is filled up to whole registers."""
     length = t.shape[-1] // groups
     return t if length % LANES == 0 else F.pad(t.unflatten(-1, (groups, length)), (0, -length % LANES)).flatten(-2)
 
 
-def _channels(t: Tensor, groups: int, channels: int) -> Tensor:
-    """The inverse of `_runs`."""
+def _out_of_runs(t: Tensor, groups: int, channels: int) -> Tensor:
+    """`[..., C]` from what `_in_runs` gave."""
     return t if t.shape[-1] == channels else t.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2)
 
 
-class _Inputs(NamedTuple):
-    lattice: _Lattice
-    x: Tensor  # [B, height, width, C] float32, in runs
-    source: np.ndarray
-    mask: np.ndarray
-    points: np.ndarray
-
-
 def _inputs(arguments: Arguments) -> _Inputs:
-    x, source, weight, mask = with_far_corners(arguments.x), arguments.source, arguments.weight, arguments.mask
-    taps, from_metric = weight[0, 0].numel(), arguments.points is not None
-    groups = source.shape[1] // (5 if from_metric else taps)
-    table = _runs(x.detach().permute(0, 2, 3, 1).float(), groups).contiguous()
-    values, strides = _planes(source)
-    masks, mask_strides = (np.ones(1, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
-    points = source.new_zeros(taps, 2) if arguments.points is None else arguments.points.detach()
+    source, weight, mask, points = arguments.source, arguments.weight, arguments.mask, arguments.points
+    x, taps = with_far_corners(arguments.x.detach()), weight[0, 0].numel()
+    groups = source.shape[1] // (taps if points is None else 5)
+    x = _in_runs(x.permute(0, 2, 3, 1).float(), groups)
+    source_values, source_strides = _planes(source)
+    mask_values, mask_strides = (np.empty(0, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
+    points = source.new_zeros(taps, 2) if points is None else points.detach()
     radii = torch.linalg.vector_norm(points, dim=1, keepdim=True)
     # any direction serves for a point at the origin
     directions = torch.where(radii > 0, points / radii, points.new_tensor([1.0, 0.0]))
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
     lattice = _Lattice(
-        *table.shape[1:],
-        source.shape[-2] * source.shape[-1],
-        source.shape[-1],
-        *arguments.stride,
-        float(top),
-        float(left),
-        taps,
-        groups,
-        from_metric,
-        float(arguments.eps),
-        mask is not None,
-        strides,
-        mask_strides,
+        *x.shape[1:],
+        out_pixels=source.shape[-2] * source.shape[-1],
+        out_width=source.shape[-1],
+        stride_y=arguments.stride[0],
+        stride_x=arguments.stride[1],
+        top=float(top),
+        left=float(left),
+        taps=taps,
+        metric_groups=groups,
+        from_metric=arguments.points is not None,
+        eps=float(arguments.eps),
+        masked=mask is not None,
+        source_strides=source_strides,
+        mask_strides=mask_strides,
     )
-    return _Inputs(lattice, table, values, masks, _flat(torch.cat((points, directions), 1).float()))
+    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions), 1).float()))
+
+
+def _left_to_gather(arguments: Arguments) -> bool:
+    return torch.float64 in (arguments.x.dtype, arguments.source.dtype)
 
 
 def _is_depthwise(arguments: Arguments) -> bool:
     return arguments.weight.shape[:2] == (arguments.groups, 1)
 
 
-def _taps(arguments: Arguments, groups: int) -> Tensor:
-    """A depthwise kernel `[K, C]`, in runs."""
-    return _runs(arguments.weight.flatten(1).t().float(), groups)
+def _depthwise_kernel(arguments: Arguments, lattice: _Lattice) -> np.ndarray:
+    """[K, channels]."""
+    return _flat(_in_runs(arguments.weight.flatten(1).t().float(), lattice.metric_groups))
 
 
-class _Threads:
-    """Calls of a kernel in as many threads as torch has."""
+class _Threads(ThreadPoolExecutor):
+    """As many as torch has."""
 
-    def __enter__(self):
+    def __init__(self):
         self.number = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.number)
-        return self
+        super().__init__(self.number)
 
-    def __exit__(self, *error):
-        self.pool.shutdown()
-
-    def __call__(self, kernel: Callable, first: int, last: int, step: int, *arguments) -> None:
-        """Calls `kernel(first, last, ...)` for pieces of whole steps."""
-        pieces = gather._pieces(last - first, -(-(last - first) // self.number), step)
+    def run(self, kernel: Callable, total: int, step: int, *arguments) -> None:
+        """Calls `kernel(first, last, *arguments)` for pieces of whole steps of `range(total)`, all at the same time."""
+        pieces = gather._pieces(total, -(-total // self.number), step)
         if len(pieces) == 1:
-            return kernel(first, last, *arguments)
-        list(self.pool.map(lambda piece: kernel(first + piece.start, first + piece.stop, *arguments), pieces))
+            kernel(0, total, *arguments)
+        else:
+            list(self.map(lambda piece: kernel(piece.start, piece.stop, *arguments), pieces))
 
 
 def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    x, source, weight = arguments[:3]
-    if x.dtype == torch.float64:
+    if _left_to_gather(arguments):
         return gather._forward(arguments, bias)
+    x, source, weight = arguments[:3]
     batch, out_channels, (height, width) = len(x), len(weight), source.shape[-2:]
-    pixels = batch * height * width
-    out = x.new_empty(pixels, out_channels)
-    if not pixels:
-        return out.view(batch, height, width, out_channels).permute(0, 3, 1, 2)
-    lattice, table, *rest = inputs = _inputs(arguments)
-    with _Threads() as threads:
-        if _is_depthwise(arguments):
-            groups, channels = lattice.metric_groups, lattice.channels
-            added = x.new_zeros(channels) if bias is None else _runs(bias, groups)
-            result = torch.empty(pixels, channels)
-            threads(
-                _depthwise, 0, pixels, LANES,
-                lattice, _flat(table), *rest, _flat(_taps(arguments, groups)), _flat(added.float()), _flat(result),
-            )
-            out = _channels(result, groups, out_channels).to(x.dtype)
-        else:
-            kernel = gather._kernel(arguments)
-            flat = _flat(table)
-            for piece in gather._pieces(pixels, _slab(arguments)):
-                columns = torch.empty(piece.stop - piece.start, lattice.taps, lattice.channels)
-                threads(_columns, piece.start, piece.stop, LANES, lattice, flat, *rest, _flat(columns), piece.start)
-                columns = _channels(columns, lattice.metric_groups, x.shape[1]).to(x.dtype).flatten(1)
-                out[piece] = gather._product(columns, kernel, bias)
+    total = batch * height * width
+    out = x.new_empty(total, out_channels)
+    if total:
+        inputs = _inputs(arguments)
+        groups, channels, taps = inputs.lattice.metric_groups, inputs.lattice.channels, inputs.lattice.taps
+        step = LANES * -(-THREAD_NUMBERS // (LANES * taps * channels))
+        with _Threads() as threads:
+            if _is_depthwise(arguments):
+                bias = out.new_zeros(out_channels) if bias is None else bias.view(out_channels)
+                added = torch.empty(total, channels)
+                kernel = _depthwise_kernel(arguments, inputs.lattice)
+                threads.run(
+                    _depthwise, total, step, inputs, kernel, _flat(_in_runs(bias.float(), groups)), _flat(added)
+                )
+                out = _out_of_runs(added, groups, out_channels).to(x.dtype)
+            else:
+                kernel = gather._kernel(arguments)
+                pieces = gather._pieces(total, gather._slab_pixels(arguments))
+                slab = torch.empty(pieces[0].stop, taps, channels)
+                for piece in pieces:
+                    columns = slab[: piece.stop - piece.start]
+                    threads.run(_columns, len(columns), step, inputs, _flat(columns), piece.start)
+                    columns = _out_of_runs(columns, groups, x.shape[1]).flatten(1)
+                    out[piece] = gather._product(columns.to(x.dtype), kernel, bias)
     return out.view(batch, height, width, out_channels).permute(0, 3, 1, 2)
-
-
-def _slab(arguments: Arguments) -> int:
-    """Output pixels of a slab: no fewer than the kernel has rows, lest reading the kernel take the time."""
-    weight = arguments.weight
-    return max(SLAB_BYTES // (4 * weight[0].numel() * arguments.groups), len(weight))
 
 
 def _gradients(
     arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    x, source, weight, mask = arguments[:4]
-    if x.dtype == torch.float64:
+    if _left_to_gather(arguments):
         return gather._gradients(arguments, grad, need_x, need_source, need_weight)
+    x, source, weight, mask = arguments[:4]
     batch, out_channels, (height, width) = len(x), len(weight), source.shape[-2:]
-    lattice, table, *rest = _inputs(arguments)
-    groups, taps, pixels = lattice.metric_groups, lattice.taps, lattice.out_pixels
-    depthwise = _is_depthwise(arguments)
-    needs = _Needs(need_x, need_source, need_weight)
-    grad = grad.detach().permute(0, 2, 3, 1).reshape(batch, pixels, out_channels)
-    grad_x = torch.zeros(table.shape if need_x else 0)
-    grad_source = torch.empty(batch * pixels * source[0, ..., 0, 0].numel() if need_source else 0)
-    grad_mask = torch.empty(mask.numel() if need_source and mask is not None else 0)
-    grad_weight = torch.zeros(batch, taps, lattice.channels) if depthwise and need_weight else torch.empty(0)
-    results = tuple(_flat(t) for t in (grad_x, grad_source, grad_mask, grad_weight))
-    flat = _flat(table)
+    inputs = _inputs(arguments)
+    lattice = inputs.lattice
+    groups, taps, pixels, depthwise = lattice.metric_groups, lattice.taps, height * width, _is_depthwise(arguments)
+    upstream = grad.detach().permute(0, 2, 3, 1).reshape(batch, pixels, out_channels)
+    grad_x = torch.zeros((batch, lattice.height, lattice.width, lattice.channels) if need_x else 0)
+    grad_source = torch.empty((batch, height, width, *source.shape[1:-2]) if need_source else 0)
+    grad_mask = torch.empty((batch, height, width, groups * taps) if need_source and mask is not None else 0)
+    grad_weight = torch.zeros((batch, taps, lattice.channels) if need_weight and depthwise else 0)
+    results = _Results(*(_flat(t) for t in (grad_x, grad_source, grad_mask, grad_weight)))
     with _Threads() as threads:
         if depthwise:
-            upstream = _runs(grad.float(), groups)
-            threads(
-                _backward, 0, batch * groups, 1,
-                lattice, needs, True, flat, *rest, _flat(_taps(arguments, groups)), _flat(upstream), 0, (0, pixels), results,
-            )
-            grad_kernel = _channels(grad_weight.sum(0), groups, out_channels).t().view(out_channels, 1, taps)
+            kernel, values = _depthwise_kernel(arguments, lattice), _flat(_in_runs(upstream.float(), groups))
+            threads.run(_backward, batch * groups, 1, inputs, 0, 0, pixels, kernel, values, results)
+            if need_weight:
+                grad_weight = _out_of_runs(grad_weight.sum(0), groups, out_channels).t()
         else:
-            kernel, grad_kernel = gather._kernel(arguments), None
-            slab = _slab(arguments)
+            kernel, total = gather._kernel(arguments), None
+            # Columns of some pixels of some images, at least one for each thread.
+            slab = gather._slab_pixels(arguments)
             images = min(batch, max(threads.number, slab // pixels))
-            nothing = np.zeros(1, np.float32)
             for piece in gather._pieces(batch, images):
-                for span in gather._pieces(pixels, max(slab // images, 1)):
-                    upstream = grad[piece, span].reshape(-1, out_channels)
+                for span in gather._pieces(pixels, max(1, slab // images)):
+                    part = upstream[piece, span].reshape(-1, out_channels)
                     if need_x or need_source:
-                        samples = gather._sample_gradient(upstream, kernel).view(len(upstream), taps, -1)
-                        samples = _runs(samples.float(), groups).contiguous()
+                        samples = gather._sample_gradient(part, kernel).view(len(part), taps, -1)
+                        samples = _in_runs(samples.float(), groups).contiguous()
                     else:
-                        samples = torch.empty(len(upstream), taps, lattice.channels)
-                    threads(
-                        _backward, 0, (piece.stop - piece.start) * groups, 1,
-                        lattice, needs, False, flat, *rest, nothing, _flat(samples), piece.start, (span.start, span.stop), results,
-                    )
+                        samples = torch.zeros(len(part), taps, lattice.channels)
+                    where = piece.start, span.start, span.stop
+                    units, none = (piece.stop - piece.start) * groups, np.empty(0, np.float32)
+                    threads.run(_backward, units, 1, inputs, *where, none, _flat(samples), results)
                     if need_weight:
-                        columns = _channels(samples, groups, x.shape[1]).to(x.dtype).flatten(1)
-                        part = gather._product_gradient(columns, upstream, kernel)
-                        grad_kernel = part if grad_kernel is None else grad_kernel.add_(part)
-            if grad_kernel is not None:
-                grad_kernel = grad_kernel.flatten(0, 1).transpose(1, 2)
+                        columns = _out_of_runs(samples, groups, x.shape[1]).flatten(1)
+                        gradient = gather._product_gradient(columns.to(x.dtype), part, kernel).float()
+                        total = gradient if total is None else total.add_(gradient)
+            if total is not None:
+                grad_weight = total.flatten(0, 1).transpose(1, 2)
     if need_x:
-        grad_x = grad_x[:, : x.shape[2], : x.shape[3]]
-        grad_x = _channels(grad_x, groups, x.shape[1]).contiguous().permute(0, 3, 1, 2).to(x.dtype)
+        grad_x = _out_of_runs(grad_x[:, : x.shape[2], : x.shape[3]], groups, x.shape[1]).to(x.dtype).contiguous()
+        grad_x = grad_x.permute(0, 3, 1, 2)
     if need_source:
-        grad_source = grad_source.view(batch, height, width, *source.shape[1:-2]).movedim((1, 2), (-2, -1))
-        if mask is not None:
-            grad_mask = grad_mask.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        grad_source = grad_source.movedim((1, 2), (-2, -1))
+        grad_mask = grad_mask if mask is None else grad_mask.permute(0, 3, 1, 2)
     if need_weight:
-        grad_weight = grad_kernel.to(weight.dtype).reshape(weight.shape).contiguous(memory_format=kernel_format(weight))
+        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype, memory_format=kernel_format(weight))
     return grad_x, grad_source, grad_weight, grad_mask
 
 
+# `ball_conv2d_reference`, fast on CPUs; and straight from a field of metrics
 compiled_conv2d = define("compiled_conv2d", _forward, _gradients, device_types="cpu")
