@@ -192,6 +192,9 @@ _operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp,
 _operation(total, _total, numba.float32, (_register,))
 
 
+_inlined = numba.njit(forceinline=True)
+
+
 def _compiled(function: Callable) -> Callable:
     """Compiles at the first call, and keeps the machine code on disk where there is a place for it."""
     try:
@@ -249,7 +252,7 @@ class _Plan(NamedTuple):
     masks: np.ndarray  # [K, 16]
 
 
-@_compiled
+@_inlined
 def _empty_plan(taps):
     return _Plan(
         np.empty(5 * LANES, np.float32),
@@ -262,7 +265,7 @@ def _empty_plan(taps):
     )
 
 
-@_compiled
+@_inlined
 def _randers(plan, ux, uy):
     """z = A·u, ‖z‖ and F(u) = ‖z‖ + v·z of sixteen metrics, as `geometry.randers`."""
     a, b, d = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 2 * LANES)
@@ -272,13 +275,13 @@ def _randers(plan, ux, uy):
     return zx, zy, norm, larger(finsler, norm * FLOOR)
 
 
-@_compiled
+@_inlined
 def _hat(distance):
     """max(0, 1 − |distance|)."""
     return larger(1 - abs(distance), 0)
 
 
-@_compiled
+@_inlined
 def _axis(coordinate, size):
     """The near corner along an axis of `size` pixels, and the distance from it.
 
@@ -290,7 +293,7 @@ def _axis(coordinate, size):
     return corner, coordinate - corner
 
 
-@_compiled
+@_inlined
 def _hat_slopes(distance):
     """The slopes of the near and of the far corner's hat: what they rise in the cell to the right, as torchvision's."""
     cell = math.floor(distance)
@@ -298,7 +301,7 @@ def _hat_slopes(distance):
     return _hat(cell + 1) - here, here - _hat(cell - 1)
 
 
-@_compiled
+@_inlined
 def _store_products(array, at, y0, y1, x0, x1):
     store(array, at, y0 * x0)
     store(array, at + LANES, y0 * x1)
@@ -393,7 +396,7 @@ def _through_metric(plan, inputs, grad_stretch):
 # --- what they read: sixteen channels at a time ----------------------------------------------------------------------
 
 
-@_compiled
+@_inlined
 def _mean(x, at, below, right, shares, sample):
     """A sample's four corners, weighed by its shares or by its slopes, for the channels from `at` on."""
     upper = spread(shares, sample) * load(x, at) + spread(shares, sample + LANES) * load(x, at + right)
@@ -450,7 +453,7 @@ class _Results(NamedTuple):
     weight: np.ndarray  # [B, K, channels] of a depthwise kernel, image by image; begins at 0
 
 
-@_compiled
+@_inlined
 def _add(array, at, value):
     store(array, at, load(array, at) + value)
 
@@ -621,14 +624,15 @@ def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
     x, source, weight = arguments[:3]
     batch, out_channels, (height, width) = len(x), len(weight), source.shape[-2:]
     total = batch * height * width
-    out = x.new_empty(total, out_channels)
-    if total:
+    if not total:
+        out = x.new_empty(0, out_channels)
+    else:
         inputs = _inputs(arguments)
         groups, channels, taps = inputs.lattice.metric_groups, inputs.lattice.channels, inputs.lattice.taps
         step = LANES * -(-THREAD_NUMBERS // (LANES * taps * channels))
         with _Threads() as threads:
             if _is_depthwise(arguments):
-                bias = out.new_zeros(out_channels) if bias is None else bias.view(out_channels)
+                bias = x.new_zeros(out_channels) if bias is None else bias.view(out_channels)
                 added = torch.empty(total, channels)
                 kernel = _depthwise_kernel(arguments, inputs.lattice)
                 threads.run(
@@ -638,6 +642,7 @@ def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
             else:
                 kernel = gather._kernel(arguments)
                 pieces = gather._pieces(total, gather._slab_pixels(arguments))
+                out = x.new_empty(total, out_channels)
                 slab = torch.empty(pieces[0].stop, taps, channels)
                 for piece in pieces:
                     columns = slab[: piece.stop - piece.start]
