@@ -23,12 +23,11 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
 
+from ..geometry.metrics import FLOOR, TINY
 from . import gather
 from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import first_centre
 
-# `geometry.randers` keeps F above this share of ‖z‖.
-FLOOR = 1e-3
 # Numbers to read of which a thread has enough to do: some 0.2 ms, where to start one takes 0.05.
 THREAD_NUMBERS = 2**19
 
@@ -219,7 +218,7 @@ class _Lattice(NamedTuple):
     top: float  # the first centre
     left: float
     taps: int
-    metric_groups: int
+    runs: int  # G, the number of metric groups
     from_metric: bool  # whether the source is a field of metrics
     eps: float
     masked: bool
@@ -270,7 +269,7 @@ def _randers(plan, ux, uy):
     """z = A·u, ‖z‖ and F(u) = ‖z‖ + v·z of sixteen metrics, as `geometry.randers`."""
     a, b, d = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 2 * LANES)
     zx, zy = a * ux + b * uy, b * ux + d * uy
-    norm = math.sqrt(larger(zx * zx + zy * zy, 1e-30))
+    norm = math.sqrt(zx * zx + zy * zy + TINY)
     finsler = norm + load(plan.fields, 3 * LANES) * zx + load(plan.fields, 4 * LANES) * zy
     return zx, zy, norm, larger(finsler, norm * FLOOR)
 
@@ -409,9 +408,9 @@ def _depthwise(first, last, inputs, weight, bias, out):
     """The output pixels from `first` to `last` of a depthwise layer, its kernel [K, channels]."""
     lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
     channels, taps = lattice.channels, lattice.taps
-    run, line = channels // lattice.metric_groups, lattice.width * channels
+    run, line = channels // lattice.runs, lattice.width * channels
     for chunk in range(first, last, LANES):
-        for group in range(lattice.metric_groups):
+        for group in range(lattice.runs):
             _fill_plan(plan, inputs, chunk, last, group, False)
             for i in range(min(LANES, last - chunk)):
                 image = (chunk + i) // lattice.out_pixels * lattice.height * line
@@ -426,18 +425,18 @@ def _depthwise(first, last, inputs, weight, bias, out):
 
 @_compiled
 def _columns(first, last, inputs, columns, origin):
-    """The columns [n, K, channels] of the output pixels from `first` to `last`, both counted from `origin` on."""
+    """The columns [n, G, K, channels / G] of the output pixels from `first` to `last`, counted from `origin` on."""
     lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
     channels, taps = lattice.channels, lattice.taps
-    run, line = channels // lattice.metric_groups, lattice.width * channels
+    run, line = channels // lattice.runs, lattice.width * channels
     for chunk in range(first, last, LANES):
-        for group in range(lattice.metric_groups):
+        for group in range(lattice.runs):
             _fill_plan(plan, inputs, origin + chunk, origin + last, group, False)
             for i in range(min(LANES, last - chunk)):
                 image = (origin + chunk + i) // lattice.out_pixels * lattice.height * line
                 for tap in range(taps):
                     corner = image + plan.corners[tap * LANES + i] * channels
-                    column = ((chunk + i) * taps + tap) * channels
+                    column = (((chunk + i) * lattice.runs + group) * taps + tap - group) * run
                     for c in range(group * run, group * run + run, LANES):
                         at = corner + c
                         value = _mean(inputs.x, at, at + line, channels, plan.shares, tap * 4 * LANES + i)
@@ -473,11 +472,11 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
         pixel_1: The one after the last.
         weight: Of a depthwise layer [K, channels]; else of length 0.
         upstream: Of a depthwise layer the gradient of its output, [B, H_out, W_out, channels]. Else that of the
-            samples, `[images, pixels, K, channels]`; the samples themselves come into its place.
+            samples, [images, pixels, G, K, channels / G]; the samples themselves come into its place.
         results: What is added to, or written.
     """
     lattice, plan, x = inputs.lattice, _empty_plan(inputs.lattice.taps), inputs.x
-    channels, taps, groups = lattice.channels, lattice.taps, lattice.metric_groups
+    channels, taps, groups = lattice.channels, lattice.taps, lattice.runs
     run, line = channels // groups, lattice.width * channels
     need_x, need_source, need_weight = len(results.x) > 0, len(results.source) > 0, len(results.weight) > 0
     by_stretch = np.zeros(taps * LANES, np.float32)
@@ -489,7 +488,8 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
             count = min(LANES, end - chunk)
             for i in range(count):
                 place = (chunk + i) * groups + group
-                column = ((image - image_0) * (pixel_1 - pixel_0) + chunk + i - begin) * taps
+                column = (image - image_0) * (pixel_1 - pixel_0) + chunk + i - begin
+                column = ((column * groups + group) * taps - group) * run
                 for tap in range(taps):
                     share = tap * 4 * LANES + i
                     mask = spread(plan.masks, tap * LANES + i)
@@ -504,8 +504,8 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
                                 _add(results.weight, (image * taps + tap) * channels + c, grad * (mask * value))
                             grad = grad * load(weight, tap * channels + c)
                         else:
-                            grad = load(upstream, (column + tap) * channels + c)
-                            store(upstream, (column + tap) * channels + c, mask * value)
+                            grad = load(upstream, column + tap * run + c)
+                            store(upstream, column + tap * run + c, mask * value)
                         if need_source:
                             slope = slope + grad * _mean(x, at, below, channels, plan.slopes, share)
                             if not lattice.from_metric:
@@ -547,28 +547,31 @@ def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, ...]]:
     return t.as_strided((reach,), (1,)).numpy(), t.stride()
 
 
-def _in_runs(t: Tensor, groups: int) -> Tensor:
-    """`[..., C]` → each of the groups' runs of channels is filled up to whole registers."""
-    length = t.shape[-1] // groups
-    return t if length % LANES == 0 else F.pad(t.unflatten(-1, (groups, length)), (0, -length % LANES)).flatten(-2)
+def _filled_up(t: Tensor) -> Tensor:
+    """`[..., c]` → c is filled up with zeros to whole registers."""
+    return F.pad(t, (0, -t.shape[-1] % LANES))
 
 
-def _out_of_runs(t: Tensor, groups: int, channels: int) -> Tensor:
+def _in_runs(t: Tensor, runs: int) -> Tensor:
+    """`[..., C]` → `[..., channels]`, every metric group's run of channels filled up to whole registers."""
+    return _filled_up(t.unflatten(-1, (runs, -1))).flatten(-2)
+
+
+def _out_of_runs(t: Tensor, runs: int, channels: int) -> Tensor:
     """`[..., C]` from what `_in_runs` gave."""
-    return t if t.shape[-1] == channels else t.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2)
+    return t.unflatten(-1, (runs, -1))[..., : channels // runs].flatten(-2)
 
 
 def _inputs(arguments: Arguments) -> _Inputs:
-    source, weight, mask, points = arguments.source, arguments.weight, arguments.mask, arguments.points
-    x, taps = with_far_corners(arguments.x.detach()), weight[0, 0].numel()
-    groups = source.shape[1] // (taps if points is None else 5)
-    x = _in_runs(x.permute(0, 2, 3, 1).float(), groups)
+    x, source, weight, mask = arguments[:4]
+    x = _in_runs(with_far_corners(x.detach()).permute(0, 2, 3, 1).float(), arguments.runs)
+    taps = weight[0, 0].numel()
     source_values, source_strides = _planes(source)
     mask_values, mask_strides = (np.empty(0, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
-    points = source.new_zeros(taps, 2) if points is None else points.detach()
+    points = torch.zeros(taps, 2) if arguments.points is None else arguments.points.detach().float()
     radii = torch.linalg.vector_norm(points, dim=1, keepdim=True)
     # any direction serves for a point at the origin
-    directions = torch.where(radii > 0, points / radii, points.new_tensor([1.0, 0.0]))
+    directions = torch.where(radii > 0, points / radii, torch.tensor([1.0, 0.0]))
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
     lattice = _Lattice(
         *x.shape[1:],
@@ -579,38 +582,25 @@ def _inputs(arguments: Arguments) -> _Inputs:
         top=float(top),
         left=float(left),
         taps=taps,
-        metric_groups=groups,
+        runs=arguments.runs,
         from_metric=arguments.points is not None,
         eps=float(arguments.eps),
         masked=mask is not None,
         source_strides=source_strides,
         mask_strides=mask_strides,
     )
-    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions), 1).float()))
-
-
-def _left_to_gather(arguments: Arguments) -> bool:
-    return torch.float64 in (arguments.x.dtype, arguments.source.dtype)
-
-
-def _is_depthwise(arguments: Arguments) -> bool:
-    return arguments.weight.shape[:2] == (arguments.groups, 1)
-
-
-def _depthwise_kernel(arguments: Arguments, lattice: _Lattice) -> np.ndarray:
-    """[K, channels]."""
-    return _flat(_in_runs(arguments.weight.flatten(1).t().float(), lattice.metric_groups))
+    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions), 1)))
 
 
 class _Threads(ThreadPoolExecutor):
-    """As many as torch has."""
+    """As many threads as torch has; they start when there is work."""
 
     def __init__(self):
         self.number = torch.get_num_threads()
         super().__init__(self.number)
 
     def run(self, kernel: Callable, total: int, step: int, *arguments) -> None:
-        """Calls `kernel(first, last, *arguments)` for pieces of whole steps of `range(total)`, all at the same time."""
+        """Calls `kernel(first, last, *arguments)` for pieces of `range(total)` in whole steps, all at the same time."""
         pieces = gather._pieces(total, -(-total // self.number), step)
         if len(pieces) == 1:
             kernel(0, total, *arguments)
@@ -618,95 +608,135 @@ class _Threads(ThreadPoolExecutor):
             list(self.map(lambda piece: kernel(piece.start, piece.stop, *arguments), pieces))
 
 
+def _in_double(arguments: Arguments) -> bool:
+    return torch.float64 in (arguments.x.dtype, arguments.source.dtype)
+
+
+def _is_depthwise(arguments: Arguments) -> bool:
+    return arguments.weight.shape[:2] == (arguments.groups, 1)
+
+
+def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
+    """[K, channels]."""
+    return _flat(_in_runs(arguments.weight.flatten(1).t().float(), arguments.runs))
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
 def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    if _left_to_gather(arguments):
+    if _in_double(arguments):
         return gather._forward(arguments, bias)
     x, source, weight = arguments[:3]
-    batch, out_channels, (height, width) = len(x), len(weight), source.shape[-2:]
-    total = batch * height * width
-    if not total:
-        out = x.new_empty(0, out_channels)
-    else:
-        inputs = _inputs(arguments)
-        groups, channels, taps = inputs.lattice.metric_groups, inputs.lattice.channels, inputs.lattice.taps
-        step = LANES * -(-THREAD_NUMBERS // (LANES * taps * channels))
+    (batch, *_, height, width), out_channels = source.shape, len(weight)
+    out = x.new_empty(0, out_channels)
+    if batch:
+        way = _forward_depthwise if _is_depthwise(arguments) else _forward_by_columns
         with _Threads() as threads:
-            if _is_depthwise(arguments):
-                bias = x.new_zeros(out_channels) if bias is None else bias.view(out_channels)
-                added = torch.empty(total, channels)
-                kernel = _depthwise_kernel(arguments, inputs.lattice)
-                threads.run(
-                    _depthwise, total, step, inputs, kernel, _flat(_in_runs(bias.float(), groups)), _flat(added)
-                )
-                out = _out_of_runs(added, groups, out_channels).to(x.dtype)
-            else:
-                kernel = gather._kernel(arguments)
-                pieces = gather._pieces(total, gather._slab_pixels(arguments))
-                out = x.new_empty(total, out_channels)
-                slab = torch.empty(pieces[0].stop, taps, channels)
-                for piece in pieces:
-                    columns = slab[: piece.stop - piece.start]
-                    threads.run(_columns, len(columns), step, inputs, _flat(columns), piece.start)
-                    columns = _out_of_runs(columns, groups, x.shape[1]).flatten(1)
-                    out[piece] = gather._product(columns.to(x.dtype), kernel, bias)
+            out = way(arguments, bias, batch * height * width, threads)
     return out.view(batch, height, width, out_channels).permute(0, 3, 1, 2)
+
+
+def _step(lattice: _Lattice) -> int:
+    """Output pixels that are worth a thread."""
+    return LANES * -(-THREAD_NUMBERS // (LANES * lattice.taps * lattice.channels))
+
+
+def _forward_depthwise(arguments: Arguments, bias: Optional[Tensor], total: int, threads: _Threads) -> Tensor:
+    x, weight, runs, inputs = arguments.x, arguments.weight, arguments.runs, _inputs(arguments)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.view(len(weight))
+    arrays = _depthwise_kernel(arguments), _flat(_in_runs(bias.float(), runs))
+    out = torch.empty(total, inputs.lattice.channels)
+    threads.run(_depthwise, total, _step(inputs.lattice), inputs, *arrays, _flat(out))
+    return _out_of_runs(out, runs, len(weight)).to(x.dtype)
+
+
+def _forward_by_columns(arguments: Arguments, bias: Optional[Tensor], total: int, threads: _Threads) -> Tensor:
+    x, weight, runs, inputs = arguments.x, arguments.weight, arguments.runs, _inputs(arguments)
+    taps, channels = inputs.lattice.taps, inputs.lattice.channels
+    kernel, pieces = gather._kernel(arguments), gather._pieces(total, gather._slab_pixels(arguments))
+    out, slab = x.new_empty(total, len(weight)), torch.empty(pieces[0].stop, runs * taps, channels // runs)
+    for piece in pieces:
+        columns = slab[: piece.stop - piece.start]
+        threads.run(_columns, len(columns), _step(inputs.lattice), inputs, _flat(columns), piece.start)
+        columns = columns[..., : x.shape[1] // runs].to(x.dtype).flatten(1)
+        out[piece] = gather._product(columns, kernel, bias)
+    return out
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
 
 
 def _gradients(
     arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    if _left_to_gather(arguments):
+    if _in_double(arguments):
         return gather._gradients(arguments, grad, need_x, need_source, need_weight)
-    x, source, weight, mask = arguments[:4]
-    batch, out_channels, (height, width) = len(x), len(weight), source.shape[-2:]
-    inputs = _inputs(arguments)
+    (x, source, weight, mask), runs, inputs = arguments[:4], arguments.runs, _inputs(arguments)
+    (batch, *numbers, height, width), depthwise = source.shape, _is_depthwise(arguments)
     lattice = inputs.lattice
-    groups, taps, pixels, depthwise = lattice.metric_groups, lattice.taps, height * width, _is_depthwise(arguments)
-    upstream = grad.detach().permute(0, 2, 3, 1).reshape(batch, pixels, out_channels)
     grad_x = torch.zeros((batch, lattice.height, lattice.width, lattice.channels) if need_x else 0)
-    grad_source = torch.empty((batch, height, width, *source.shape[1:-2]) if need_source else 0)
-    grad_mask = torch.empty((batch, height, width, groups * taps) if need_source and mask is not None else 0)
-    grad_weight = torch.zeros((batch, taps, lattice.channels) if need_weight and depthwise else 0)
-    results = _Results(*(_flat(t) for t in (grad_x, grad_source, grad_mask, grad_weight)))
+    grad_source = torch.empty((batch, height, width, *numbers) if need_source else 0)
+    grad_mask = torch.empty((batch, height, width, mask.shape[1]) if need_source and mask is not None else 0)
+    grad_taps = torch.zeros((batch, lattice.taps, lattice.channels) if need_weight and depthwise else 0)
+    results = _Results(*(_flat(t) for t in (grad_x, grad_source, grad_mask, grad_taps)))
+    grad = grad.detach().permute(0, 2, 3, 1).reshape(batch, height * width, -1)
+
     with _Threads() as threads:
         if depthwise:
-            kernel, values = _depthwise_kernel(arguments, lattice), _flat(_in_runs(upstream.float(), groups))
-            threads.run(_backward, batch * groups, 1, inputs, 0, 0, pixels, kernel, values, results)
-            if need_weight:
-                grad_weight = _out_of_runs(grad_weight.sum(0), groups, out_channels).t()
+            upstream = _flat(_in_runs(grad.float(), runs))
+            kernel = _depthwise_kernel(arguments)
+            threads.run(_backward, batch * runs, 1, inputs, 0, 0, height * width, kernel, upstream, results)
+            grad_weight = _out_of_runs(grad_taps.sum(0), runs, len(weight)).t() if need_weight else grad_taps
         else:
-            kernel, total = gather._kernel(arguments), None
-            # Columns of some pixels of some images, at least one for each thread.
-            slab = gather._slab_pixels(arguments)
-            images = min(batch, max(threads.number, slab // pixels))
-            for piece in gather._pieces(batch, images):
-                for span in gather._pieces(pixels, max(1, slab // images)):
-                    part = upstream[piece, span].reshape(-1, out_channels)
-                    if need_x or need_source:
-                        samples = gather._sample_gradient(part, kernel).view(len(part), taps, -1)
-                        samples = _in_runs(samples.float(), groups).contiguous()
-                    else:
-                        samples = torch.zeros(len(part), taps, lattice.channels)
-                    where = piece.start, span.start, span.stop
-                    units, none = (piece.stop - piece.start) * groups, np.empty(0, np.float32)
-                    threads.run(_backward, units, 1, inputs, *where, none, _flat(samples), results)
-                    if need_weight:
-                        columns = _out_of_runs(samples, groups, x.shape[1]).flatten(1)
-                        gradient = gather._product_gradient(columns.to(x.dtype), part, kernel).float()
-                        total = gradient if total is None else total.add_(gradient)
-            if total is not None:
-                grad_weight = total.flatten(0, 1).transpose(1, 2)
+            need_samples = need_x or need_source
+            grad_weight = _backward_by_columns(arguments, grad, need_samples, need_weight, inputs, results, threads)
+
     if need_x:
-        grad_x = _out_of_runs(grad_x[:, : x.shape[2], : x.shape[3]], groups, x.shape[1]).to(x.dtype).contiguous()
-        grad_x = grad_x.permute(0, 3, 1, 2)
+        grad_x = _out_of_runs(grad_x[:, : x.shape[2], : x.shape[3]], runs, x.shape[1]).contiguous()
+        grad_x = grad_x.to(x.dtype).permute(0, 3, 1, 2)
     if need_source:
         grad_source = grad_source.movedim((1, 2), (-2, -1))
-        grad_mask = grad_mask if mask is None else grad_mask.permute(0, 3, 1, 2)
+    if grad_mask.dim() > 1:
+        grad_mask = grad_mask.permute(0, 3, 1, 2)
     if need_weight:
-        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype, memory_format=kernel_format(weight))
+        grad_weight = grad_weight.to(weight.dtype).reshape(weight.shape)
+        grad_weight = grad_weight.contiguous(memory_format=kernel_format(weight))
     return grad_x, grad_source, grad_weight, grad_mask
 
 
-# `ball_conv2d_reference`, fast on CPUs; and straight from a field of metrics
+def _backward_by_columns(
+    arguments: Arguments,
+    grad: Tensor,
+    need_samples: bool,
+    need_weight: bool,
+    inputs: _Inputs,
+    results: _Results,
+    threads: _Threads,
+) -> Tensor:
+    """Fills the `results`; the kernel's gradient `[..., C_in/groups, K]`. A slab is some pixels of some images."""
+    x, runs, kernel, total = arguments.x, arguments.runs, gather._kernel(arguments), None
+    (batch, pixels, _), slab = grad.shape, gather._slab_pixels(arguments)
+    share = x.shape[1] // runs
+    together = max(threads.number, slab // pixels)  # a thread needs a whole image to itself
+    for images in gather._pieces(batch, together):
+        for span in gather._pieces(pixels, max(1, slab // together)):
+            upstream = grad[images, span].flatten(0, 1)
+            if need_samples:
+                samples = gather._sample_gradient(upstream, kernel).view(len(upstream), -1, share)
+                samples = _filled_up(samples.float()).contiguous()
+            else:
+                samples = torch.zeros(len(upstream), runs * inputs.lattice.taps, inputs.lattice.channels // runs)
+            units, nothing = (images.stop - images.start) * runs, np.empty(0, np.float32)
+            where = images.start, span.start, span.stop
+            threads.run(_backward, units, 1, inputs, *where, nothing, _flat(samples), results)
+            if need_weight:
+                columns = samples[..., :share].to(x.dtype).flatten(1)
+                part = gather._product_gradient(columns, upstream, kernel).float()
+                total = part if total is None else total.add_(part)
+    return torch.empty(0) if total is None else total.flatten(0, 2).transpose(2, 3)
+
+
+# `ball_conv2d_reference`, fastest on CPUs and straight from the metrics
 compiled_conv2d = define("compiled_conv2d", _forward, _gradients, device_types="cpu")

@@ -10,14 +10,14 @@ samples sorted by the pixel they read; nothing else is summed in a changing orde
 """
 
 import functools
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import ball_conv2d_reference, first_centre
+from .samples import place
 
 try:
     import triton
@@ -438,7 +438,8 @@ def _join(groups: int, channels: int) -> int:
 
 
 def _problem(arguments: Arguments) -> _Problem:
-    x, source, weight, mask, stride, padding, dilation, groups, points, eps_omega, eps = arguments
+    x, source, weight, mask, stride, padding, dilation, groups, points, eps = arguments
+    eps_omega = 1.0
     x = with_far_corners(x)
     batch, _, height, width = x.shape
     out_height, out_width = source.shape[-2:]
@@ -629,62 +630,7 @@ def _gradients(
 _conv2d = define("triton_conv2d", _forward, _gradients)
 
 
-def triton_conv2d(
-    x: Tensor,
-    positions: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-) -> Tensor:
-    """`ball_conv2d_reference`, fast on GPUs. float64 is for numerical differentiation and left to the reference."""
-    function = ball_conv2d_reference if torch.float64 in (x.dtype, positions.dtype) else _conv2d
-    return function(x, positions, weight, bias, mask, stride, padding, dilation, groups)
-
-
-def triton_metric_conv2d(
-    x: Tensor,
-    fields: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-    points: Tensor,
-    eps_omega: float,
-    eps: float = 0.0,
-) -> Tensor:
-    """`triton_conv2d` at y_j = p_j / (F(û_j) + `eps`), with the metrics instead of the positions.
-
-    Args:
-        x: Input `[B, C_in, H, W]`, float32, bfloat16 or float16, of one dtype with weight and bias.
-        fields: (a, b, d, ω_x, ω_y) of F(u) = sqrt(uᵀMu) + ωᵀu, M = [[a, b], [b, d]], `[B, 5, H_out, W_out]`, float32.
-            Dense with the five innermost it is read as it lies, else copied.
-        weight: As `ball_conv2d`'s; like the next arguments.
-        bias: `[C_out]`.
-        mask: `[B, K, H_out, W_out]`, float32.
-        stride: (vertical, horizontal), like the next two.
-        padding: As `nn.Conv2d`.
-        dilation: As `nn.Conv2d`.
-        groups: As `nn.Conv2d`.
-        points: p_j = r_j·û_j of the pattern, `[K, 2]` as (x, y), float32, constant: it gets no gradient.
-        eps_omega: The margin ε_ω of the drift; at 1 the drift is not read.
-        eps: Added to F (the paper's variants).
-
-    Returns:
-        `[B, C_out, H_out, W_out]`, channels-last, in the dtype of x.
-
-    Raises:
-        TypeError: `fields` or `points` are not float32, or x is float64.
-    """
-    if fields.dtype != torch.float32 or points.dtype != torch.float32 or x.dtype == torch.float64:
-        raise TypeError(
-            f"expected float32 fields and points and x below float64, got {fields.dtype}, {points.dtype}, {x.dtype}."
-        )
-    geometry = stride, padding, dilation, groups
-    return _conv2d(x, fields, weight, bias, mask, *geometry, points, float(eps_omega), float(eps))
+def triton_conv2d(x, samples, *arguments):
+    samples = place(samples)
+    function = ball_conv2d_reference if torch.float64 in (x.dtype, samples.dtype) else _conv2d
+    return function(x, samples, *arguments)
