@@ -217,19 +217,17 @@ def test_imports_without_numba():
     code = (
         "import sys; sys.modules['numba'] = None; import torch; from timm_metricconv.ops import BACKENDS, ball_conv2d;"
     )
-    code += "assert BACKENDS['compiled'].why_not('cpu', 4) == 'numba is not installed';"
+    code += "assert BACKENDS['compiled'].why_not('cpu', 4) == 'numba is not installed, or fails here';"
     code += "print(ball_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 2, 3, 3), torch.ones(1, 2, 1, 1)).sum())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "18" in done.stdout
 
 
-def test_works_where_nothing_can_be_written(tmp_path):
-    """Numba raises where it finds no place for its cache; then every process compiles for itself."""
-    code = "import torch; import numba.core.caching as c;"
-    code += "c.CacheImpl._locator_classes = [];"
-    code += (
-        "from timm_metricconv.ops import BACKENDS, ball_conv2d; assert BACKENDS['compiled'].why_not('cpu', 4) is None"
-    )
+def test_imports_where_nothing_can_be_written():
+    """Numba raises where it finds no place for its cache; every process then compiles for itself."""
+    code = "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
+    code += "from timm_metricconv.ops import compiled;"
+    code += "assert isinstance(compiled._backward._cache, caching.NullCache)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

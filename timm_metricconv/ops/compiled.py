@@ -1,6 +1,6 @@
 """The fastest CPU backend, compiled by Numba: from a metric to its samples and their sum in one pass.
 
-The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie (`_plan`),
+The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie (`_fill_plan`),
 sixteen channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up
 its samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
@@ -31,7 +31,7 @@ from .reference import first_centre
 # Numbers to read of which a thread has enough to do: some 0.2 ms, where to start one takes 0.05.
 THREAD_NUMBERS = 2**19
 
-if numba.config.DISABLE_JIT:
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
 
 
@@ -166,21 +166,18 @@ def total(register):
     """The sum of its numbers."""
 
 
-# `contract`: a product and a sum become one instruction where the processor has it
-for _function, _name in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _operation(
-        _function,
-        lambda builder, a, b, name=_name: getattr(builder, name)(a, b, flags=("contract",)),
-        _register,
-        *_pairs,
-    )
-for _function, _name in ((math.floor, "floor"), (math.sqrt, "sqrt"), (abs, "fabs")):
-    _operation(_function, _llvm(f"llvm.{_name}.v{LANES}f32", _floats, _floats), _register, (_register,))
+def _arithmetic(name: str) -> Callable:
+    # `contract`: a product and a sum become one instruction where the processor has it
+    return lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract",))
+
+
+_operation(operator.add, _arithmetic("fadd"), _register, *_pairs)
+_operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
+_operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
+_operation(operator.truediv, _arithmetic("fdiv"), _register, *_pairs)
+_operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
+_operation(math.sqrt, _llvm(f"llvm.sqrt.v{LANES}f32", _floats, _floats), _register, (_register,))
+_operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
 _operation(spread, _spread, _register, (_array, numba.intp))
 _operation(larger, _choice(">"), _register, *_pairs)
 _operation(smaller, _choice("<"), _register, *_pairs)
@@ -574,7 +571,9 @@ def _inputs(arguments: Arguments) -> _Inputs:
     directions = torch.where(radii > 0, points / radii, torch.tensor([1.0, 0.0]))
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
     lattice = _Lattice(
-        *x.shape[1:],
+        height=x.shape[1],
+        width=x.shape[2],
+        channels=x.shape[3],
         out_pixels=source.shape[-2] * source.shape[-1],
         out_width=source.shape[-1],
         stride_y=arguments.stride[0],

@@ -17,7 +17,7 @@ from .triton_fused import why_not as _triton_why_not
 try:
     from .compiled import compiled_conv2d
 except Exception:  # Numba is optional, and a broken installation of it must not break this import
-    compiled_conv2d = None
+    compiled_conv2d = None  # type: ignore[assignment]
 
 IntPair = Union[int, Sequence[int]]
 
@@ -35,7 +35,7 @@ class Backend(NamedTuple):
 
 
 def _compiled_why_not(device: str, weight_dim: int) -> Optional[str]:
-    return "numba is not installed" if compiled_conv2d is None else _gather_why_not(device, weight_dim)
+    return "numba is not installed, or fails here" if compiled_conv2d is None else _gather_why_not(device, weight_dim)
 
 
 def _gather_why_not(device: str, weight_dim: int) -> Optional[str]:
