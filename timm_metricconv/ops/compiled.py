@@ -1,8 +1,8 @@
 """The fastest CPU backend, compiled by Numba: from a metric to its samples and their sum in one pass.
 
-The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie (`_fill_plan`),
-sixteen channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up
-its samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
+The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie, sixteen
+channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up its
+samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
 
 The threads are as many as torch's, and live no longer than a call: neither a fork nor a second caller can meet them.
 Each owns what it writes, so nothing is added in a changing order.
