@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from timm_metricconv.geometry import image_metric
-from timm_metricconv.ops import ball_conv2d
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
 from timm_metricconv.layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
+from timm_metricconv.ops import ball_conv2d
 from timm_metricconv.recipes import denoise as module
 from timm_metricconv.recipes import denoise_data, denoise_fit
 from timm_metricconv.recipes.config import ConfigError, RecipeError, build
@@ -162,6 +162,7 @@ print(*[step(kind, int(k)) for k in sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 @pytest.mark.parametrize("kind", ["metric", "deform"])
 def test_memory_does_not_grow_with_the_kernel(kind):
