@@ -10,7 +10,7 @@ from .gather import gather_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
 from .torchvision_deform import ball_conv2d_torchvision
-from .triton_fused import triton_conv2d, triton_metric_conv2d
+from .triton_fused import triton_conv2d
 from .triton_fused import why_not as _triton_why_not
 
 IntPair = Union[int, Sequence[int]]
@@ -42,7 +42,7 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 # In order of preference: on the CPU, where Triton's interpreter may run, the first row is always taken.
 BACKENDS: Dict[str, Backend] = {
     "gather": Backend(gather_conv2d, _gather_why_not, gather_conv2d),
-    "triton": Backend(triton_conv2d, _triton_why_not, triton_metric_conv2d),
+    "triton": Backend(triton_conv2d, _triton_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "grid_sample": Backend(grid_sample_conv2d, lambda device, weight_dim: None),
     "reference": Backend(ball_conv2d_reference, lambda device, weight_dim: None),

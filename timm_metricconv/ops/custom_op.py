@@ -1,16 +1,17 @@
 """What a backend of its own kernels needs to be an operator of torch: schema, fake tensors, autograd and flops, once.
 
-The samples come from a `source`: positions `[B, K, 2, H_out, W_out]`, or, with the pattern's `points` `[K, 2]`, fields
-(a, b, d, ω_x, ω_y) of metrics `[B, 5, H_out, W_out]`, whose positions are y_j = p_j / (F(û_j) + `eps`).
+The samples come from a `source`: positions `[B, G·K, 2, H_out, W_out]`, or, with the pattern's `points` `[K, 2]` and
+`eps`, the fields `[B, G·5, H_out, W_out]` of `Samples`.
 """
 
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import register_flops
+from .samples import Samples
 
 
 def _innermost_channels(t: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def kernel_format(weight: Tensor) -> torch.memory_format:
 
 
 class Arguments(NamedTuple):
-    """What both directions are given; see `ball_conv2d` and `metric_conv2d`."""
+    """What both directions are given; see `ball_conv2d` and `Samples`."""
 
     x: Tensor
     source: Tensor
@@ -44,8 +45,12 @@ class Arguments(NamedTuple):
     dilation: List[int]
     groups: int
     points: Optional[Tensor]
-    eps_omega: float
     eps: float
+
+    @property
+    def runs(self) -> int:
+        """G, the number of metric groups."""
+        return self.source.shape[1] // (5 if self.points is not None else self.weight[0, 0].numel())
 
 
 def fake_gradients(
@@ -77,7 +82,7 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         device_types: The devices that it runs on; by default any.
 
     Returns:
-        The operator.
+        The backend's function, with the arguments of `ball_conv2d_reference`.
     """
 
     @torch.library.custom_op(f"timm_metricconv::{name}", mutates_args=(), device_types=device_types)
@@ -92,10 +97,9 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         dilation: List[int],
         groups: int,
         points: Optional[Tensor] = None,
-        eps_omega: float = 1.0,
         eps: float = 0.0,
     ) -> Tensor:
-        arguments = Arguments(x, source, weight, mask, stride, padding, dilation, groups, points, eps_omega, eps)
+        arguments = Arguments(x, source, weight, mask, stride, padding, dilation, groups, points, eps)
         return forward(arguments, bias)
 
     @operator.register_fake
@@ -117,13 +121,12 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         need_source: bool,
         need_weight: bool,
         points: Optional[Tensor] = None,
-        eps_omega: float = 1.0,
         eps: float = 0.0,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         if not grad.numel():
             grads = fake_gradients(x, source, weight, mask, need_x, need_source, need_weight)
             return grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), grads[3].zero_()
-        arguments = Arguments(x, source, weight, mask, stride, padding, dilation, groups, points, eps_omega, eps)
+        arguments = Arguments(x, source, weight, mask, stride, padding, dilation, groups, points, eps)
         return gradients(arguments, grad, need_x, need_source, need_weight)
 
     @backward_operator.register_fake
@@ -131,7 +134,7 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         return fake_gradients(x, source, weight, mask, need_x, need_source, need_weight)
 
     def setup_context(ctx, inputs, output):
-        x, source, weight, _, mask, *ctx.geometry, points, ctx.eps_omega, ctx.eps = inputs
+        x, source, weight, _, mask, *ctx.geometry, points, ctx.eps = inputs
         ctx.save_for_backward(x, source, weight, mask, points)
 
     def backward(ctx, grad):
@@ -139,7 +142,7 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         need_x, need_source, need_weight, need_bias, need_mask = ctx.needs_input_grad[:5]
         needs = need_x, need_source or need_mask, need_weight
         grad_x, grad_source, grad_weight, grad_mask = backward_operator(
-            grad, x, source, weight, mask, *ctx.geometry, *needs, points, ctx.eps_omega, ctx.eps
+            grad, x, source, weight, mask, *ctx.geometry, *needs, points, ctx.eps
         )
         return (
             grad_x if need_x else None,
@@ -147,10 +150,27 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
             grad_weight if need_weight else None,
             grad.sum((0, 2, 3)) if need_bias else None,
             grad_mask if need_mask else None,
-            *[None] * 7,
+            *[None] * 6,
         )
 
     operator.register_autograd(backward, setup_context=setup_context)
     registered = torch.ops.timm_metricconv
     register_flops(getattr(registered, name), getattr(registered, f"{name}_backward"))
-    return operator
+
+    def function(
+        x: Tensor,
+        samples: Union[Tensor, Samples],
+        weight: Tensor,
+        bias: Optional[Tensor],
+        mask: Optional[Tensor],
+        stride: List[int],
+        padding: List[int],
+        dilation: List[int],
+        groups: int,
+    ) -> Tensor:
+        arguments = weight, bias, mask, stride, padding, dilation, groups
+        if isinstance(samples, Tensor):
+            return operator(x, samples, *arguments)
+        return operator(x, samples.fields, *arguments, samples.points.flatten(0, -2), samples.eps)
+
+    return function
