@@ -3,10 +3,10 @@
 A program takes a tile of output pixels and channels of one ball (metric group). Channels are contiguous: a thread reads
 16 bytes at once and sums in float32. The tile is `WIDE` pixels wide, so that its samples overlap in both directions.
 
-The gradients take one kernel, because all of them need the same corners. Neighbouring output pixels mostly read
-neighbouring input pixels with the same tap: what a pixel, the one left of it, the one above it and the one between them
-add to one pixel of the image's gradient is summed first and costs one atomic instead of four. Where a neighbour's
-sample went elsewhere its share is added alone, so this holds for any positions.
+The image's gradient is added with atomics. Neighbouring output pixels mostly read neighbouring input pixels with the
+same tap: what a pixel, the one left of it, the one above it and the one between them add to one pixel of the gradient is
+summed first, and costs one atomic instead of four. Where a neighbour's sample went elsewhere its share is added alone,
+so this holds for any positions.
 """
 
 from typing import Optional, Tuple
@@ -82,15 +82,70 @@ def _shift(value, by):
 
 
 @jit
-def gradient_kernel(
-    grad_x, grad_source, grad_mask, partial, grad, x, source, points, mask, kernel,
+def input_gradient_kernel(
+    grad_x, grad, source, points, mask, kernel,
     rows, taps, slice_taps, channels, BC,
     height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
     BLOCK_M: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
 ):  # fmt: skip
-    """Adds to grad_x [B, H, W, C]; sets grad_source ([M·G, K, 2] or [slices, M·G, 5]), grad_mask, partial [tiles, K, C].
+    """Adds to grad_x [B, H, W, C]."""
+    balls = channels // BC
+    number = tl.program_id(0) % balls
+    m, live = _tile(tl.program_id(0) // balls, rows, out_width, BLOCK_M, WIDE)
+    ball = m.to(tl.int64) * balls + number
+    image, centre_x, centre_y = centre(m, out_height, out_width, stride_y, stride_x, origin_y, origin_x)
+    right, down = channels, width * channels
+    i = tl.arange(0, BLOCK_M)
+    has_left, has_above = live & (i % WIDE > 0), live & (i >= WIDE)
 
-    Each may be None. `partial` is a tile's part of the kernel's gradient.
+    first = tl.program_id(1) * slice_taps
+    for tap in range(first, tl.minimum(first + slice_taps, taps)):
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        t00, t01, t10, t11 = shares(dx, dy, tl.where(live, modulation(mask, ball, tap, taps), 0.0))
+        # where the neighbours' samples lie beside this one, their shares of this one's near corner
+        from_left = has_left & (_shift(near, 1) + 1 == near)
+        from_above = has_above & (_shift(near, WIDE) + width == near)
+        from_both = has_left & has_above & (_shift(near, WIDE + 1) + width + 1 == near)
+        left = tl.where(from_left, _shift(t01, 1), 0.0)
+        above = tl.where(from_above, _shift(t10, WIDE), 0.0)
+        both = tl.where(from_both, _shift(t11, WIDE + 1), 0.0)
+        any_share = (t00 != 0) | (left != 0) | (above != 0) | (both != 0)
+        # what the neighbours do not take
+        t01 = tl.where(_shift(from_left.to(tl.int32), -1) != 0, 0.0, t01)
+        t10 = tl.where(_shift(from_above.to(tl.int32), -WIDE) != 0, 0.0, t10)
+        t11 = tl.where(_shift(from_both.to(tl.int32), -WIDE - 1) != 0, 0.0, t11)
+        for start in range(0, BC, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            keep = (c < BC)[None, :]
+            c += number * BC
+            weights = tl.load(kernel + (tap * channels + c)[None, :], mask=keep, other=0.0).to(tl.float32)
+            at = grad + m.to(tl.int64)[:, None] * channels + c[None, :]
+            at_x = grad_x + near.to(tl.int64)[:, None] * channels + c[None, :]
+            upstream = tl.load(at, mask=keep & live[:, None], other=0.0).to(tl.float32)
+            value = upstream * t00[:, None]
+            at -= channels
+            value += tl.load(at, mask=keep & (left != 0)[:, None], other=0.0).to(tl.float32) * left[:, None]
+            at -= out_width * channels
+            value += tl.load(at, mask=keep & (both != 0)[:, None], other=0.0).to(tl.float32) * both[:, None]
+            at += channels
+            value += tl.load(at, mask=keep & (above != 0)[:, None], other=0.0).to(tl.float32) * above[:, None]
+            upstream *= weights
+            tl.atomic_add(at_x, value * weights, mask=keep & any_share[:, None], sem="relaxed")
+            tl.atomic_add(at_x + right, upstream * t01[:, None], mask=keep & (t01 != 0)[:, None], sem="relaxed")
+            tl.atomic_add(at_x + down, upstream * t10[:, None], mask=keep & (t10 != 0)[:, None], sem="relaxed")
+            tl.atomic_add(at_x + down + right, upstream * t11[:, None], mask=keep & (t11 != 0)[:, None], sem="relaxed")
+
+
+@jit
+def sample_gradient_kernel(
+    grad_source, grad_mask, partial, grad, x, source, points, mask, kernel,
+    rows, taps, slice_taps, channels, BC,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    BLOCK_M: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
+):  # fmt: skip
+    """Sets grad_source ([M·G, K, 2] or [slices, M·G, 5]), grad_mask, and each tile's part of the kernel's gradient.
+
+    All need the same corners. That part is partial [tiles, K, C]; each of the three may be None.
     """
     balls = channels // BC
     number, tile = tl.program_id(0) % balls, tl.program_id(0) // balls
@@ -98,9 +153,6 @@ def gradient_kernel(
     ball = m.to(tl.int64) * balls + number
     image, centre_x, centre_y = centre(m, out_height, out_width, stride_y, stride_x, origin_y, origin_x)
     right, down = channels, width * channels
-    grad_rows = grad + m.to(tl.int64) * channels
-    i = tl.arange(0, BLOCK_M)
-    has_left, has_above = live & (i % WIDE > 0), live & (i >= WIDE)
     grad_a = tl.zeros((BLOCK_M,), tl.float32)
     grad_b, grad_d, grad_vx, grad_vy = grad_a, grad_a, grad_a, grad_a
 
@@ -108,57 +160,30 @@ def gradient_kernel(
     for tap in range(first, tl.minimum(first + slice_taps, taps)):
         near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
         factor = modulation(mask, ball, tap, taps)
-        t00, t01, t10, t11 = shares(dx, dy, tl.where(live, factor, 0.0))
-        if grad_x is not None:
-            # where the neighbours' samples lie beside this one, their shares of this one's near corner
-            from_left = has_left & (_shift(near, 1) + 1 == near)
-            from_above = has_above & (_shift(near, WIDE) + width == near)
-            from_both = has_left & has_above & (_shift(near, WIDE + 1) + width + 1 == near)
-            left_share = tl.where(from_left, _shift(t01, 1), 0.0)
-            above_share = tl.where(from_above, _shift(t10, WIDE), 0.0)
-            both_share = tl.where(from_both, _shift(t11, WIDE + 1), 0.0)
-            # what is left over
-            u01 = tl.where(_shift(from_left.to(tl.int32), -1) != 0, 0.0, t01)
-            u10 = tl.where(_shift(from_above.to(tl.int32), -WIDE) != 0, 0.0, t10)
-            u11 = tl.where(_shift(from_both.to(tl.int32), -WIDE - 1) != 0, 0.0, t11)
-            shared = (t00 != 0) | (left_share != 0) | (above_share != 0) | (both_share != 0)
+        t00, t01, t10, t11 = shares(dx, dy, factor)
         g00 = tl.zeros((BLOCK_M,), tl.float32)
         g01, g10, g11 = g00, g00, g00
         for start in range(0, BC, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             keep = (c < BC)[None, :]
             c += number * BC
-            at_grad = grad_rows[:, None] + c[None, :]
+            at = x + near.to(tl.int64)[:, None] * channels + c[None, :]
+            at_grad = grad + m.to(tl.int64)[:, None] * channels + c[None, :]
             upstream = tl.load(at_grad, mask=keep & live[:, None], other=0.0).to(tl.float32)
-            weights = tl.load(kernel + (tap * channels + c)[None, :], mask=keep, other=0.0).to(tl.float32)
-            at = near.to(tl.int64)[:, None] * channels + c[None, :]
-            if grad_source is not None or partial is not None:
-                x00 = tl.load(x + at, mask=keep, other=0.0).to(tl.float32) * upstream
-                x01 = tl.load(x + at + right, mask=keep, other=0.0).to(tl.float32) * upstream
-                x10 = tl.load(x + at + down, mask=keep, other=0.0).to(tl.float32) * upstream
-                x11 = tl.load(x + at + down + right, mask=keep, other=0.0).to(tl.float32) * upstream
-                if partial is not None:
-                    value = x00 * t00[:, None] + x01 * t01[:, None] + x10 * t10[:, None] + x11 * t11[:, None]
-                    at_partial = partial + (tile.to(tl.int64) * taps + tap) * channels + c[None, :]
-                    tl.store(at_partial, tl.sum(value, 0)[None, :], mask=keep)
-                if grad_source is not None:
-                    g00 += tl.sum(x00 * weights, 1)
-                    g01 += tl.sum(x01 * weights, 1)
-                    g10 += tl.sum(x10 * weights, 1)
-                    g11 += tl.sum(x11 * weights, 1)
-            if grad_x is not None:
-                value = upstream * t00[:, None]
-                taken = keep & (left_share != 0)[:, None]
-                value += tl.load(at_grad - channels, mask=taken, other=0.0).to(tl.float32) * left_share[:, None]
-                taken, above = keep & (above_share != 0)[:, None], at_grad - out_width * channels
-                value += tl.load(above, mask=taken, other=0.0).to(tl.float32) * above_share[:, None]
-                taken, both = keep & (both_share != 0)[:, None], above - channels
-                value += tl.load(both, mask=taken, other=0.0).to(tl.float32) * both_share[:, None]
-                upstream, at_x = upstream * weights, grad_x + at
-                tl.atomic_add(at_x, value * weights, mask=keep & shared[:, None], sem="relaxed")
-                tl.atomic_add(at_x + right, upstream * u01[:, None], mask=keep & (u01 != 0)[:, None], sem="relaxed")
-                tl.atomic_add(at_x + down, upstream * u10[:, None], mask=keep & (u10 != 0)[:, None], sem="relaxed")
-                tl.atomic_add(at_x + down + right, upstream * u11[:, None], mask=keep & (u11 != 0)[:, None], sem="relaxed")
+            x00 = tl.load(at, mask=keep, other=0.0).to(tl.float32) * upstream
+            x01 = tl.load(at + right, mask=keep, other=0.0).to(tl.float32) * upstream
+            x10 = tl.load(at + down, mask=keep, other=0.0).to(tl.float32) * upstream
+            x11 = tl.load(at + down + right, mask=keep, other=0.0).to(tl.float32) * upstream
+            if partial is not None:
+                value = x00 * t00[:, None] + x01 * t01[:, None] + x10 * t10[:, None] + x11 * t11[:, None]
+                at_partial = partial + (tile.to(tl.int64) * taps + tap) * channels + c[None, :]
+                tl.store(at_partial, tl.sum(value, 0)[None, :], mask=keep)
+            if grad_source is not None:
+                weights = tl.load(kernel + (tap * channels + c)[None, :], mask=keep, other=0.0).to(tl.float32)
+                g00 += tl.sum(x00 * weights, 1)
+                g01 += tl.sum(x01 * weights, 1)
+                g10 += tl.sum(x10 * weights, 1)
+                g11 += tl.sum(x11 * weights, 1)
 
         if grad_source is not None:
             if grad_mask is not None:
@@ -200,23 +225,22 @@ class Depthwise:
         self.ball = self.channels // self.call.balls
         self.rows = self.call.pixels // self.call.geometry[3]
 
-    def settings(self, elements: int) -> dict:
-        """Constants and compiler options: tiles of 128 threads with `elements` values each."""
+    def settings(self, registers: Optional[int] = None) -> dict:
+        """Constants and compiler options: tiles of eight values a thread."""
         # a block that divides the channels leaves no thread idle, and 8 of them are 16 bytes
         block_c = min(self.ball & -self.ball, 64)
         if block_c < 8:
             block_c = min(triton.next_power_of_2(self.ball), 64)
-        warps = 4
-        threads = warps * (64 if self.launch.hip else 32)
-        block_m = max(threads * elements // block_c, 2 * WIDE)
-        return {
-            "BLOCK_M": min(block_m, 128),
+        threads = 4 * (64 if self.launch.hip else 32)
+        settings = {
+            "BLOCK_M": max(min(8 * threads // block_c, 128), 2 * WIDE),
             "BLOCK_C": block_c,
             "WIDE": WIDE,
-            "num_warps": warps,
+            "num_warps": 4,
             "num_stages": 1,
             "enable_fp_fusion": True,
         }
+        return settings if registers is None or self.launch.hip else {**settings, "maxnreg": registers}
 
     def tiles(self, block_m: int) -> int:
         """How many tiles there are."""
@@ -224,7 +248,7 @@ class Depthwise:
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
         """`[B, H_out, W_out, C]`."""
-        call, settings = self.call, self.settings(elements=8)
+        call, settings = self.call, self.settings()
         out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.channels)
         blocks = triton.cdiv(self.ball, settings["BLOCK_C"]) * call.balls
         self.launch(
@@ -238,24 +262,33 @@ class Depthwise:
         self, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
     ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """Of x (float32), source, kernel `[K, C, 1]` (float32) and mask in the kernels' layout."""
-        call, taps, settings = self.call, self.taps, self.settings(elements=8)
+        call, settings = self.call, self.settings(registers=128)
         tiles = self.tiles(settings["BLOCK_M"])
         # A small image has too few tiles to fill the GPU: then its taps are shared out.
-        slice_taps = triton.cdiv(taps, min(taps, triton.cdiv(8 * self.launch.processors, tiles * call.balls)))
-        slices = triton.cdiv(taps, slice_taps)
-        grad_x = torch.zeros_like(call.x, dtype=torch.float32) if need_x else None
-        grad_source = grad_mask = partial = None
+        most = triton.cdiv(8 * self.launch.processors, tiles * call.balls)
+        slice_taps = triton.cdiv(self.taps, min(self.taps, most))
+        slices = triton.cdiv(self.taps, slice_taps)
+        grid = tiles * call.balls, slices
+        sizes = self.rows, self.taps, slice_taps, self.channels, self.ball
+        grad_x = grad_source = grad_mask = partial = None
+        if need_x:
+            grad_x = torch.zeros_like(call.x, dtype=torch.float32)
+            self.launch(
+                input_gradient_kernel, grid, grad_x, grad, call.source, call.points, call.mask, call.kernel,
+                *sizes, *call.geometry, **settings,
+            )  # fmt: skip
         if need_source:
             shape = call.source.shape if call.points is None else (slices, *call.source.shape)
             grad_source = call.source.new_empty(shape)
             grad_mask = None if call.mask is None else torch.empty_like(call.mask)
         if need_weight:
             partial = torch.empty(tiles, *call.kernel.shape, dtype=torch.float32, device=grad.device)
-        self.launch(
-            gradient_kernel, (tiles * call.balls, slices), grad_x, grad_source, grad_mask, partial,
-            grad, call.x, call.source, call.points, call.mask, call.kernel,
-            self.rows, taps, slice_taps, self.channels, self.ball, *call.geometry, **settings,
-        )  # fmt: skip
+        if need_source or need_weight:
+            self.launch(
+                sample_gradient_kernel, grid, grad_source, grad_mask, partial,
+                grad, call.x, call.source, call.points, call.mask, call.kernel,
+                *sizes, *call.geometry, **settings,
+            )  # fmt: skip
         if grad_source is not None and call.points is not None:
             grad_source = grad_source.sum(0)
         return grad_x, grad_source, None if partial is None else partial.sum(0), grad_mask

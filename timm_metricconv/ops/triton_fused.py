@@ -258,12 +258,18 @@ class _Dense:
         return self.channels, self.out_channels, self.group, self.out_group, self.ball, self.unit
 
     def settings(self, most_n: int, most_c: int, stages: int = 1) -> dict:
-        """Constants and compiler options."""
+        """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
+
+        64 pixels are the least that Hopper's matrix instruction takes. With tiles of 64×128 and 8 warps, 32 channels of
+        the image at a time leave every kernel at most 128 registers a thread, so that two programs share a processor
+        and one multiplies while the other gathers. float32 operands take twice the space, and without tf32 they are
+        multiplied by the plain cores.
+        """
         dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[self.call.x.dtype]
         matmul = torch.backends.cuda.matmul
         tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
         half = 1 if self.call.x.element_size() == 2 else 2
-        block_n, block_c = _power(self.out_group, most_n // half), _power(self.unit, most_c // half)
+        block_n, block_c = _power(self.out_group, most_n // half), _power(self.unit, max(most_c // half, 16))
         options = {} if self.launch.hip else {"maxnreg": 128}
         return {
             "DOT": tl.float32 if INTERPRETED else dtype,
@@ -279,7 +285,7 @@ class _Dense:
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
         """`[B, H_out, W_out, C_out]`."""
-        call, settings = self.call, self.settings(most_n=128, most_c=64)
+        call, settings = self.call, self.settings(most_n=128, most_c=32)
         out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.out_channels)
         tiles = triton.cdiv(call.pixels, settings["BLOCK_M"]) * triton.cdiv(self.out_group, settings["BLOCK_N"])
         grid = (tiles * (self.out_channels // self.out_group),)
