@@ -260,9 +260,9 @@ class _Dense:
     def settings(self, most_n: int, most_c: int, stages: int = 1) -> dict:
         """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
 
-        64 pixels are the least that Hopper's matrix instruction takes. With tiles of 64×128 and 8 warps, 32 channels of
-        the image at a time leave every kernel at most 128 registers a thread, so that two programs share a processor
-        and one multiplies while the other gathers. float32 operands take twice the space, and without tf32 they are
+        64 pixels are the least that Hopper's matrix instruction takes. With tiles of 64×128 and 8 warps, forward and 32
+        channels of the image at a time, or backward and 16, a thread has at most 128 registers there: two programs then
+        share a processor, and one multiplies while the other gathers. float32 operands take twice the space, and without tf32 they are
         multiplied by the plain cores.
         """
         dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[self.call.x.dtype]
@@ -270,7 +270,6 @@ class _Dense:
         tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
         half = 1 if self.call.x.element_size() == 2 else 2
         block_n, block_c = _power(self.out_group, most_n // half), _power(self.unit, max(most_c // half, 16))
-        options = {} if self.launch.hip else {"maxnreg": 128}
         return {
             "DOT": tl.float32 if INTERPRETED else dtype,
             "PRECISION": "tf32" if tf32 else "ieee",
@@ -280,7 +279,6 @@ class _Dense:
             "num_warps": 8 if block_n * block_c >= 2048 else 4,
             "num_stages": stages,
             "enable_fp_fusion": True,
-            **options,
         }
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
