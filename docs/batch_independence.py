@@ -9,10 +9,12 @@ import sys
 import torch
 
 from timm_metricconv import PAPER, MetricConv2d
+from timm_metricconv.ops import place
 from timm_metricconv.recipes.config import build, read_yaml
 from timm_metricconv.recipes.data import make_datasets, make_loader
+from timm_metricconv.recipes.network import adaptive_layers, create_model
 from timm_metricconv.recipes.report import print_table
-from timm_metricconv.recipes.train import TrainConfig, adaptive_layers, build_model, train
+from timm_metricconv.recipes.train import TrainConfig, train
 
 DATA = {"digits": {}, "textures": {"data": "textures", "input_size": 32, "scale": [0.5, 1.0], "hflip": 0.5}}
 THEIRS = {**PAPER["conv_cfg"], "scale": [0.1, 1.5]}  # a run's config.yaml has lists
@@ -31,8 +33,8 @@ CASES = (
 class MixedConv2d(MetricConv2d):
     """The sample of image b and direction j is read from the metric of image (b·K + j) mod B."""
 
-    def ball(self, raw):
-        own = super().ball(raw)
+    def samples(self, raw):
+        own = place(super().samples(raw))
         images, taps = own.shape[:2]
         n = torch.arange(images * taps, device=own.device).view(images, taps)
         mixed = own[n % images, torch.arange(taps, device=own.device)]
@@ -43,8 +45,8 @@ class MixedConv2d(MetricConv2d):
 class PlainConv2d(MetricConv2d):
     """The pattern itself, no metric: shows how much the metrics matter at all."""
 
-    def ball(self, raw):
-        return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(super().ball(raw))
+    def samples(self, raw):
+        return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(place(super().samples(raw)))
 
 
 def set_ball(model, kind):
@@ -87,7 +89,7 @@ def run(data, conv_cfg, mixed, epochs, seed, folder):
     values |= {**DATA[data], "epochs": epochs, "seed": seed, "output": folder, "predictor_lr": 1.0}
     config = build(TrainConfig, values)
     train(config, quiet=True, prepare=lambda model: set_ball(model, MixedConv2d if mixed else MetricConv2d))
-    model = build_model(TrainConfig(model=f"local-dir:{folder}/model", pretrained=True)).eval()
+    model = create_model(f"local-dir:{folder}/model", {}, pretrained=True).eval()
     loader = make_loader(config, make_datasets(config)[1], model.pretrained_cfg, train=False)
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     return evaluate(model, images, labels)

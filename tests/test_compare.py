@@ -9,7 +9,8 @@ pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
 from safetensors.torch import load_file
 
-from timm_metricconv.recipes import compare as module
+from timm_metricconv.recipes import launch
+from timm_metricconv.recipes import train as training
 from timm_metricconv.recipes.compare import CompareConfig, compare
 from timm_metricconv.recipes.config import ConfigError
 
@@ -36,7 +37,7 @@ def tiny(tmp_path, **changes) -> CompareConfig:
 
 def test_table_resume_and_kernels(tmp_path, monkeypatch):
     config = tiny(tmp_path)
-    train, calls = module.train, []
+    train, calls = launch.train, []
 
     def killed(run, **kwargs):
         calls.append(run.name)
@@ -45,7 +46,7 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
         return train(run, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train", killed)
+        patch.setattr(launch, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             compare(config)
     records = compare(config)
@@ -76,7 +77,7 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a complete comparison trains nothing")
 
-    monkeypatch.setattr(module._train_config.__globals__["train"].__globals__["_Trainer"], "__init__", refuse)
+    monkeypatch.setattr(training._Trainer, "__init__", refuse)
     assert compare(config) == records
 
 

@@ -8,16 +8,8 @@ import torch
 from torch import nn
 
 from timm_metricconv import MetricConv2d
-from timm_metricconv.geometry import (
-    DRIFTS,
-    PARAMETRIZATIONS,
-    PATTERNS,
-    conditioned,
-    drift_norm,
-    randers,
-    square_root,
-    zermelo_ellipse,
-)
+from timm_metricconv.geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, Root, randers, zermelo_ellipse
+from timm_metricconv.ops import Samples, place
 
 SCALE = (0.1, 1.5)
 pairs = pytest.mark.parametrize(("parametrization", "drift"), list(product(PARAMETRIZATIONS, DRIFTS)))
@@ -41,20 +33,28 @@ def raw_channels(parametrization, magnitude, dtype, count=400):
     return raw.T[None, :, None].to(dtype)
 
 
-def matrices(metric):
-    """(a, b, d, s) → M `[..., 2, 2]`."""
-    a, b, d, _ = metric
-    return torch.stack((torch.stack((a, b), -1), torch.stack((b, d), -1)), -2)
+def matrix(a, b, d):
+    """Entries `[...]` → a symmetric matrix `[..., 2, 2]`."""
+    return torch.stack((a, b, b, d), -1).unflatten(-1, (2, 2))
 
 
 def random_metric(count=500, drift=0.9):
-    """Well-conditioned float64 metrics (a, b, d, s), M and ω with ‖ω‖ up to `drift`."""
+    """Well-conditioned float64 metrics M and ω with ‖ω‖ up to `drift`."""
     factor = torch.randn(count, 2, 2, dtype=torch.float64)
     m = factor @ factor.mT + 0.1 * torch.eye(2, dtype=torch.float64)
     direction = torch.randn(count, 2, dtype=torch.float64)
     norm = (direction[:, None] @ torch.linalg.inv(m) @ direction[:, :, None]).sqrt()[:, 0]
-    omega = direction / norm * drift * torch.rand(count, 1, dtype=torch.float64)
-    return (m[:, 0, 0], m[:, 0, 1], m[:, 1, 1], torch.linalg.det(m).sqrt()), m, omega
+    return m, direction / norm * drift * torch.rand(count, 1, dtype=torch.float64)
+
+
+def root_of(m):
+    """A of M by its eigenvectors."""
+    values, vectors = torch.linalg.eigh(m)
+    return vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
+
+
+def as_root(a):
+    return Root(a[..., 0, 0], a[..., 0, 1], a[..., 1, 1], torch.linalg.det(a))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -66,7 +66,7 @@ def test_samples_lie_at_their_distance(parametrization, drift, pattern):
     distance = torch.einsum("bkihw,bijhw,bkjhw->bkhw", y, m, y).sqrt() + torch.einsum("bkihw,bihw->bkhw", y, omega)
     # the paper's variants divide by F + ε
     eps = 0.0 if parametrization == "logspd" else 1e-6
-    radii = PATTERNS[pattern](3)[1].flatten()
+    radii = PATTERNS[pattern](3).flatten(0, 1).norm(dim=-1)
     torch.testing.assert_close(
         distance + eps * y.norm(dim=2), radii.view(1, -1, 1, 1).expand_as(distance), rtol=1e-9, atol=1e-12
     )
@@ -76,22 +76,62 @@ def test_samples_lie_at_their_distance(parametrization, drift, pattern):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pairs
 def test_any_raw_channels_give_a_metric(parametrization, drift, dtype, eps_omega):
-    """Symmetric positive definite M, a drift below 1, finite samples and gradients, at zero and up to ±1e4."""
+    """Symmetric positive definite A, F > 0, finite samples and gradients, at zero and up to ±1e4; ‖v‖ < 1 − ε_ω."""
     layer = exposed(parametrization, drift, eps_omega=eps_omega, dtype=dtype)
     raw = raw_channels(parametrization, 1e4, dtype).requires_grad_()
-    m, omega = layer.metric(raw)
-    assert m.dtype == omega.dtype == torch.promote_types(dtype, torch.float32)
-    wide, drifts = m.detach()[0, :, :, 0].permute(2, 0, 1).double(), omega.detach()[0, :, 0].T.double()
-    assert torch.equal(wide, wide.mT)
-    assert torch.linalg.eigvalsh(wide).min() > 0
-    norm = torch.einsum("ni,nij,nj->n", drifts, torch.linalg.inv(wide), drifts).sqrt()
-    assert norm.max() < 1
+    samples = layer.samples(layer.predict(raw))
+    a, b, d, x, y = samples.fields.detach()[0, :, 0].double()
+    assert samples.fields.dtype == torch.promote_types(dtype, torch.float32)
+    trace = a + d
+    assert trace.min() > 0 and (a * d - b * b > -1e-6 * trace.square()).all()
+    angles = torch.linspace(0, 2 * math.pi, 33)[:-1]
+    directions = torch.stack((angles.cos(), angles.sin()), -1).to(samples.fields)
+    assert randers(directions, Metric(*samples.fields[0, :, 0])).min() > 0
+    if drift == "whitened":
+        # the last bit of 1 − ε_ω is the dtype's
+        assert torch.hypot(x, y).max() <= (1 - eps_omega) * (1 + 1e-6)
+    if eps_omega == 1.0:
+        assert not x.any() and not y.any()
 
-    y = layer.positions(raw)
-    assert y.isfinite().all() and (y[:, [0, 8]] != 0).any()
-    for value in (y, m, omega + 0 * raw.sum()):
+    positions, (m, omega) = layer.positions(raw), layer.metric(raw)
+    assert positions.isfinite().all() and (positions[:, [0, 8]] != 0).any()
+    for value in (positions, m, omega + 0 * raw.sum()):
         (gradient,) = torch.autograd.grad(value.sum(), raw, retain_graph=True)
         assert gradient.isfinite().all()
+
+
+def test_the_law_is_kept_where_a_drift_leaves_it():
+    """‖v‖ ≥ 1 would make F zero or negative in some directions: there it is the floor, elsewhere it is untouched."""
+    angles = torch.linspace(0, 2 * math.pi, 65, dtype=torch.float64)[:-1]
+    u = torch.stack((angles.cos(), angles.sin()), -1)
+    metric = Metric(*torch.tensor([1.5, 0.3, 0.8, 1.2, -0.9], dtype=torch.float64))
+    z = u @ matrix(*metric[:3])
+    size, plain = z.norm(dim=-1), z.norm(dim=-1) + z @ torch.stack(metric[3:])
+    value = randers(u, metric)
+    left = plain < 1e-3 * size
+    assert left.any() and not left.all()
+    torch.testing.assert_close(value, torch.where(left, 1e-3 * size, plain))
+
+
+@pytest.mark.parametrize("parametrization", [p for p in PARAMETRIZATIONS if p != "logspd"])
+def test_float32_agrees_with_the_plain_formula_in_float64(parametrization):
+    """Up to condition numbers of 2e6: what a bound on the condition number or on F would move shows here."""
+    raw = raw_channels(parametrization, 30.0, torch.float64, count=4000)[0, :, 0].T
+    m = torch.stack([FORMULAS[parametrization](vector[:-2]) for vector in raw])
+    omega = torch.stack([sigmoid_norm(vector[-2:], matrix, 0.1) for vector, matrix in zip(raw, m, strict=True)])
+    values = torch.linalg.eigvalsh(m)
+    norm = torch.linalg.solve_ex(m, omega)[0].mul(omega).sum(-1).sqrt()
+    kept = (values[:, 1] < 2e6 * values[:, 0]) & (norm < 0.99)
+    assert kept.sum() > 1000
+    angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    u = torch.stack((angles.cos(), angles.sin()), -1)
+    value = torch.einsum("di,nij,dj->nd", u, m, u).sqrt() + omega @ u.T
+    expected = u / (value[..., None] + 1e-6)
+    layer = exposed(parametrization, "sigmoid_norm", eps_omega=0.1, dtype=torch.float32)
+    samples = layer.samples(raw.float().T[None, :, None])
+    found = place(Samples(samples.fields, u.float(), samples.eps))[0, :, :, 0].permute(2, 0, 1).double()
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error[kept].max() < 2e-3 and error[kept].median() < 1e-6
 
 
 @pairs
@@ -115,8 +155,7 @@ def test_identity_start(parametrization, dtype):
         layer = exposed(parametrization, drift, kernel_size=kernel_size, dilation=(2, 1), scale=SCALE, dtype=dtype)
         m, omega = layer.metric(raw)
         positions = layer.positions(raw)
-        directions, radii = PATTERNS["lattice"](kernel_size, (2, 1))
-        lattice = (radii[0, :, None] * directions).to(dtype)
+        lattice = PATTERNS["lattice"](kernel_size, (2, 1))[0].to(dtype)
         assert torch.equal(omega, torch.zeros_like(omega))
         tolerance = 0 if parametrization == "logspd" else 4e-6  # the paper's formulas have their ε of 1e-6
         torch.testing.assert_close(m[0, :, :, 0, 0], torch.eye(2, dtype=dtype), rtol=0, atol=tolerance)
@@ -127,8 +166,8 @@ def test_identity_start(parametrization, dtype):
 @pytest.mark.parametrize("parametrization", ["spectral_scale", "spectral_scale_ratio"])
 def test_identity_start_at_other_scales(parametrization, scale):
     values = torch.tensor(PARAMETRIZATIONS[parametrization].identity(scale), dtype=torch.float64)
-    m = matrices(PARAMETRIZATIONS[parametrization].function(values, scale))
-    torch.testing.assert_close(m, torch.eye(2, dtype=torch.float64), rtol=0, atol=4e-6)
+    root = matrix(*PARAMETRIZATIONS[parametrization].function(values, scale)[:3])
+    torch.testing.assert_close(root, torch.eye(2, dtype=torch.float64), rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +266,10 @@ FORMULAS = {
 def test_parametrization_is_its_formula(parametrization):
     row = PARAMETRIZATIONS[parametrization]
     raw = 2 * torch.randn(50, row.channels - 2, dtype=torch.float64)
-    metric = row.function(raw, SCALE)
+    root = row.function(raw, SCALE)
     expected = torch.stack([FORMULAS[parametrization](vector) for vector in raw])
-    torch.testing.assert_close(matrices(metric), expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(metric[3], torch.linalg.det(expected).sqrt(), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(matrix(*root[:3]), root_of(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(root.det, torch.linalg.det(expected).sqrt(), rtol=1e-7, atol=1e-12)
 
 
 def paper_norm(raw, m, eps=1e-6):
@@ -240,8 +279,7 @@ def paper_norm(raw, m, eps=1e-6):
 
 
 def whitened(raw, m, eps_omega):
-    values, vectors = torch.linalg.eigh(m)
-    return vectors @ torch.diag(values.sqrt()) @ vectors.T @ raw * (1 - eps_omega) / torch.sqrt(1 + raw @ raw)
+    return root_of(m) @ raw * (1 - eps_omega) / torch.sqrt(1 + raw @ raw)
 
 
 def sigmoid_norm(raw, m, eps_omega):
@@ -264,9 +302,11 @@ def norm_clip(raw, m, eps_omega):
     ],
 )
 def test_drift_is_its_formula(drift, formula, attached):
-    metric, m, _ = random_metric(50)
+    m, _ = random_metric(50)
+    a = root_of(m)
     raw = (2 * torch.randn(50, 2, dtype=torch.float64)).requires_grad_()
-    omega = DRIFTS[drift](raw, metric, 0.3)
+    v = torch.stack(DRIFTS[drift](raw, as_root(a), 0.3), -1)
+    omega = (a @ v[..., None])[..., 0]
     expected = torch.stack([formula(vector, matrix, 0.3) for vector, matrix in zip(raw, m, strict=True)])
     torch.testing.assert_close(omega, expected, rtol=1e-9, atol=1e-12)
     factor = torch.ones_like(omega)
@@ -282,66 +322,48 @@ def test_drift_names_are_all_tested():
     assert set(FORMULAS) == set(PARAMETRIZATIONS)
 
 
+def test_randers_is_its_formula_in_m_and_omega():
+    m, omega = random_metric()
+    metric = Metric.from_tensors(m, omega)
+    for found, expected in zip(metric.tensors(), (m, omega), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    u = torch.randn(7, 2, dtype=torch.float64)
+    expected = torch.einsum("di,nij,dj->nd", u, m, u).sqrt() + omega @ u.T
+    torch.testing.assert_close(randers(u, metric), expected, rtol=1e-9, atol=1e-12)
+    norm = torch.einsum("ni,nij,nj->n", omega, torch.linalg.inv(m), omega).sqrt()
+    torch.testing.assert_close(torch.hypot(metric.x, metric.y), norm, rtol=1e-9, atol=1e-12)
+    riemannian = metric._replace(x=torch.zeros(500), y=torch.zeros(500))
+    assert torch.equal(randers(u, riemannian), randers(-u, riemannian))
+    assert not torch.allclose(randers(u, metric), randers(-u, metric))
+
+
 def test_randers_ball_is_zermelos_ellipse():
-    metric, _, omega = random_metric()
+    metric = Metric.from_tensors(*random_metric())
     angles = torch.linspace(0, 2 * math.pi, 37, dtype=torch.float64)
     directions = torch.stack((angles.cos(), angles.sin()), -1)
-    boundary = directions / randers(directions, metric, omega, 0.1)[..., None]
-    ellipse, centre = zermelo_ellipse(metric, omega)
+    boundary = directions / randers(directions, metric)[..., None]
+    ellipse, centre = zermelo_ellipse(metric)
     u = boundary - centre[:, None]
-    value = torch.einsum("ndi,nij,ndj->nd", u, matrices(ellipse), u)
+    value = torch.einsum("ndi,nij,ndj->nd", u, ellipse, u)
     torch.testing.assert_close(value, torch.ones_like(value), rtol=1e-8, atol=0)
-    torch.testing.assert_close(torch.linalg.det(matrices(ellipse)).sqrt(), ellipse[3], rtol=1e-6, atol=0)
-
-
-def test_randers_ball_without_drift_is_symmetric():
-    metric, m, omega = random_metric()
-    angle = torch.rand(7, dtype=torch.float64) * 6
-    u = torch.stack((angle.cos(), angle.sin()), -1)
-    riemannian = randers(u, metric, omega, 1.0)
-    torch.testing.assert_close(riemannian, torch.einsum("di,nij,dj->nd", u, m, u).sqrt(), rtol=1e-9, atol=0)
-    assert torch.equal(riemannian, randers(-u, metric, omega, 1.0))
-    assert not torch.allclose(randers(u, metric, omega, 0.1), randers(-u, metric, omega, 0.1))
-
-
-def test_square_root():
-    metric, m, _ = random_metric()
-    root = matrices((*square_root(metric), None))
-    torch.testing.assert_close(root @ root, m, rtol=1e-10, atol=1e-12)
-    assert torch.linalg.eigvalsh(root).min() > 0
-
-
-def test_drift_norm():
-    metric, m, omega = random_metric()
-    expected = torch.einsum("ni,nij,nj->n", omega, torch.linalg.inv(m), omega).sqrt()
-    torch.testing.assert_close(drift_norm(omega, metric), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_conditioned_touches_only_what_float32_cannot_hold():
-    metric, _, _ = random_metric()
-    for before, after in zip(metric, conditioned(metric), strict=True):
-        assert torch.equal(before, after)
-    flat = tuple(torch.tensor([value]) for value in (1.0, 0.0, 1e-12, 1e-6))
-    a, b, d, s = conditioned(flat)
-    assert a / d < 1.01e5 and torch.allclose(s * s, a * d - b * b)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(1, (1, 1)), (2, (1, 1)), (3, (2, 1)), (4, (1, 3)), (5, (1, 1))])
 def test_lattice(kernel_size, dilation):
-    directions, radii = PATTERNS["lattice"](kernel_size, dilation)
     half = (kernel_size - 1) / 2
     expected = [
         (dilation[1] * (column - half), dilation[0] * (row - half))
         for row in range(kernel_size)
         for column in range(kernel_size)
     ]
-    torch.testing.assert_close(radii[0, :, None] * directions, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(kernel_size**2, dtype=torch.float64))
+    torch.testing.assert_close(
+        PATTERNS["lattice"](kernel_size, dilation)[0], torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
 def test_onion(kernel_size):
-    directions, radii = PATTERNS["onion"](kernel_size, (3, 2))  # ignores dilation
+    points = PATTERNS["onion"](kernel_size, (3, 2))[0]  # ignores dilation
     rings = (kernel_size - 1) // 2
     expected = [(0.0, 0.0)]
     for m in range(1, rings + 1):
@@ -349,21 +371,20 @@ def test_onion(kernel_size):
             angle = 2 * math.pi * n / (8 * m)
             expected.append((m / rings * math.cos(angle), m / rings * math.sin(angle)))
     assert len(expected) == kernel_size**2
-    torch.testing.assert_close(radii[0, :, None] * directions, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(points, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
 def test_polar(kernel_size):
-    directions, radii = PATTERNS["polar"](kernel_size, (3, 2))
+    points = PATTERNS["polar"](kernel_size, (3, 2))
     k = kernel_size
-    assert directions.shape == (k, 2)  # a metric is read k times, not k²
+    assert points.shape == (k, k, 2)  # a metric is read in k directions, not k²
     expected = [
         ((i + 1) / k * math.cos(2 * math.pi * n / k), (i + 1) / k * math.sin(2 * math.pi * n / k))
         for i in range(k)
         for n in range(k)
     ]
-    points = (radii[:, :, None] * directions).flatten(0, 1)
-    torch.testing.assert_close(points, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(points.flatten(0, 1), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kernel_size", [2, 4])

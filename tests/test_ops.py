@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_metricconv import MetricConv2d
-from timm_metricconv.geometry import PATTERNS, randers
-from timm_metricconv.ops import BACKENDS, ball_conv2d, fuses_metric, gather, metric_conv2d
+from timm_metricconv.geometry import PATTERNS
+from timm_metricconv.ops import BACKENDS, Samples, ball_conv2d, gather, place
 
 RUNNABLE = [name for name, backend in BACKENDS.items() if backend.why_not("cpu", 4) is None]
 backends = pytest.mark.parametrize("backend", RUNNABLE)
-CHECKED = ("x", "positions", "weight", "bias", "mask")
+CHECKED = ("x", "samples", "weight", "bias", "mask")
 
 
 def can_take(backend, weight):
@@ -25,10 +25,12 @@ def pair(value):
     return value if isinstance(value, tuple) else (value, value)
 
 
-def loop(x, positions, weight, bias=None, mask=None, stride=1, padding=0, dilation=1, groups=1):
+def loop(x, samples, weight, bias=None, mask=None, stride=1, padding=0, dilation=1, groups=1):
     """The equation, pixel by pixel. The hat function over whole rows and columns stands for the bilinear read."""
-    (batch, _, height, width), (_, taps, _, out_height, out_width) = x.shape, positions.shape
+    (batch, channels, height, width), (*_, out_height, out_width) = x.shape, samples.shape
     kernel_size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    taps = weight.shape[2:].numel()
+    share = channels // (samples.shape[1] // taps)  # channels of a metric group
     sy, sx = (
         torch.arange(n) * s - p + d * (k - 1) / 2
         for n, s, p, d, k in zip(
@@ -40,14 +42,15 @@ def loop(x, positions, weight, bias=None, mask=None, stride=1, padding=0, dilati
     for b in range(batch):
         for i in range(out_height):
             for j in range(out_width):
-                samples = []
-                for tap in range(taps):
-                    px, py = sx[j] + positions[b, tap, 0, i, j], sy[i] + positions[b, tap, 1, i, j]
-                    hat_x = (1 - (px - torch.arange(width)).abs()).clamp(min=0)
-                    hat_y = (1 - (py - torch.arange(height)).abs()).clamp(min=0)
-                    value = hat_y @ x[b] @ hat_x
-                    samples.append(value if mask is None else value * mask[b, tap, i, j])
-                columns = torch.stack(samples, -1).unflatten(0, (groups, -1))
+                columns = []
+                for channel in range(channels):
+                    for tap in range(channel // share * taps, (channel // share + 1) * taps):
+                        px, py = sx[j] + samples[b, tap, 0, i, j], sy[i] + samples[b, tap, 1, i, j]
+                        hat_x = (1 - (px - torch.arange(width)).abs()).clamp(min=0)
+                        hat_y = (1 - (py - torch.arange(height)).abs()).clamp(min=0)
+                        value = hat_y @ x[b, channel] @ hat_x
+                        columns.append(value if mask is None else value * mask[b, tap, i, j])
+                columns = torch.stack(columns).view(groups, -1, taps)
                 rows.append(torch.einsum("goct,gct->go", kernel, columns).flatten())
     out = torch.stack(rows).view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
     return out if bias is None else out + bias[:, None, None]
@@ -77,6 +80,11 @@ CASES = {
     "one pixel": {"size": (1, 1)},
     "one row": {"size": (1, 6)},
     "one column": {"size": (5, 1), "stride": 2},
+    "metric groups": {"metric_groups": 2},
+    "metric groups in a group": {"metric_groups": 4, "groups": 2, "mask": True, "batch": 3},
+    "groups in a metric group": {"metric_groups": 2, "groups": 4, "out_channels": 8, "mask": True, "stride": 2},
+    "depthwise, metric groups": {"metric_groups": 2, "groups": 4, "out_channels": 4, "batch": 1},
+    "metric groups, free taps": {"metric_groups": 2, "kernel_size": None, "padding": 0},
     "image below the kernel": {"size": (2, 3), "kernel_size": (5, 5), "padding": 2},
 }
 
@@ -91,6 +99,7 @@ def problem(
     padding=1,
     dilation=1,
     groups=1,
+    metric_groups=1,
     bias=True,
     mask=False,
     spread=1.5,
@@ -107,14 +116,14 @@ def problem(
     ]
     taps = 5 if kernel_size is None else math.prod(kernel_size)
     wide = torch.promote_types(dtype, torch.float32)
-    positions = spread * torch.randn(batch, taps, 2, *out, dtype=torch.float64)
+    positions = spread * torch.randn(batch, metric_groups * taps, 2, *out, dtype=torch.float64)
     positions = (2 * positions).floor() / 2 + 0.02 + 0.46 * torch.rand_like(positions)
     tensors = {
         "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "positions": positions.to(wide),
+        "samples": positions.to(wide),
         "weight": torch.randn(out_channels, channels // groups, *(kernel_size or (taps,)), dtype=dtype),
         "bias": torch.randn(out_channels, dtype=dtype) if bias else None,
-        "mask": torch.rand(batch, taps, *out, dtype=torch.float64).to(wide) if mask else None,
+        "mask": torch.rand(batch, metric_groups * taps, *out, dtype=torch.float64).to(wide) if mask else None,
     }
     return tensors, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
@@ -152,7 +161,9 @@ def test_equals_the_loop(case, backend):
 
 @pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("case", ["plain", "mask, groups, stride", "depthwise", "free taps", "one pixel", "batch of 3"])
+@pytest.mark.parametrize(
+    "case", ["plain", "mask, groups, stride", "depthwise", "free taps", "one pixel", "metric groups in a group"]
+)
 def test_equals_the_reference_in_low_precision(case, dtype, tolerance, backend):
     """Against the reference on the same (rounded) tensors in float64; every result keeps its dtype."""
     tensors, arguments = problem(**{"channels": 8, "size": (9, 11)} | CASES[case], dtype=dtype)
@@ -178,7 +189,7 @@ def test_many_slabs(backend):
 
 @pytest.mark.parametrize(("samples", "slab_bytes"), [(1, 1), (100, 1), (300, 3000), (2**17, 700)])
 @pytest.mark.parametrize(
-    "case", ["plain", "batch of 3", "stride, pairs", "mask, groups, stride", "free taps", "one row"]
+    "case", ["plain", "batch of 3", "stride, pairs", "mask, groups, stride", "one row", "groups in a metric group"]
 )
 def test_pieces_of_any_size(case, samples, slab_bytes, monkeypatch):
     """However few samples are planned, and columns held, at a time."""
@@ -214,7 +225,7 @@ def test_memory_layouts(layout, backend):
         return value.flip(-1).contiguous().flip(-1) if layout == "flipped" else value
 
     if layout == "expanded":
-        tensors["positions"] = tensors["positions"][:1, :, :, :1, :1].expand_as(tensors["positions"])
+        tensors["samples"] = tensors["samples"][:1, :, :, :1, :1].expand_as(tensors["samples"])
     expected = outputs_and_gradients(function, {k: v.contiguous() for k, v in tensors.items()}, arguments)
     leaves = {key: value.detach().clone().requires_grad_() for key, value in tensors.items()}
     out = function(**{key: lay(value) for key, value in leaves.items()}, **arguments)
@@ -295,10 +306,10 @@ def test_beside_a_pixel_in_float32(place, axis, backend):
 def test_far_outside_is_zero(backend):
     tensors, arguments = problem(dtype=torch.float32)
     for far in (7.0, 1e3, 1e9, 1e20):
-        far = tensors | {"positions": far * torch.randn_like(tensors["positions"]).sign()}
+        far = tensors | {"samples": far * torch.randn_like(tensors["samples"]).sign()}
         result = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), far, arguments)
         torch.testing.assert_close(result["out"], tensors["bias"][:, None, None].expand_as(result["out"]))
-        assert not result["x"].any() and not result["positions"].any() and not result["weight"].any()
+        assert not result["x"].any() and not result["samples"].any() and not result["weight"].any()
 
 
 @backends
@@ -307,12 +318,12 @@ def test_positions_that_are_no_numbers(bad, backend):
     """They may spoil what reads them, and nothing else; and nothing crashes."""
     tensors, arguments = problem(dtype=torch.float32)
     good = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
-    spoilt = tensors | {"positions": tensors["positions"].clone()}
-    spoilt["positions"][0, 4, :, 2, 1] = bad
+    spoilt = tensors | {"samples": tensors["samples"].clone()}
+    spoilt["samples"][0, 4, :, 2, 1] = bad
     result = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), spoilt, arguments)
     elsewhere = torch.ones(2, 5, 4, dtype=torch.bool)
     elsewhere[0, 2, 1] = False
-    for key in ("out", "positions"):
+    for key in ("out", "samples"):
         here, there = (value[key].flatten(1, -3).movedim(1, -1)[elsewhere] for value in (result, good))
         torch.testing.assert_close(here, there)
     torch.testing.assert_close(result["x"][1], good["x"][1])
@@ -344,12 +355,12 @@ def test_reference_has_second_derivatives():
         ({"x": torch.zeros(2, 3, 5, 4)}, ValueError, "weight: .*3 channels"),
         ({"groups": 2}, ValueError, "weight: .*groups=2"),
         ({"weight": torch.zeros(6, 4)}, ValueError, "weight: expected"),
-        ({"weight": torch.zeros(6, 4, 2, 2)}, ValueError, "positions: expected"),
-        ({"positions": torch.zeros(2, 9, 2, 5, 5)}, ValueError, "positions: expected .*2, 9, 2, 5, 4.*2, 9, 2, 5, 5"),
-        ({"positions": torch.zeros(1, 9, 2, 5, 4)}, ValueError, "positions: expected"),
-        ({"stride": 2}, ValueError, "positions: expected"),
-        ({"positions": torch.zeros(2, 9, 2, 5, 4).bfloat16()}, TypeError, "positions: .*bfloat16"),
-        ({"positions": torch.zeros(2, 9, 2, 5, 4).long()}, TypeError, "positions: .*int64"),
+        ({"weight": torch.zeros(6, 4, 2, 2)}, ValueError, "samples: expected"),
+        ({"samples": torch.zeros(2, 9, 2, 5, 5)}, ValueError, "samples: expected .*2, 9, 2, 5, 4.*2, 9, 2, 5, 5"),
+        ({"samples": torch.zeros(1, 9, 2, 5, 4)}, ValueError, "samples: expected"),
+        ({"stride": 2}, ValueError, "samples: expected"),
+        ({"samples": torch.zeros(2, 9, 2, 5, 4).bfloat16()}, TypeError, "samples: .*bfloat16"),
+        ({"samples": torch.zeros(2, 9, 2, 5, 4).long()}, TypeError, "samples: .*int64"),
         ({"mask": torch.ones(2, 9, 5, 5)}, ValueError, "mask: expected"),
         ({"backend": "cudnn"}, ValueError, "backend='cudnn': expected one of gather"),
         ({"backend": "torchvision", "weight": torch.zeros(6, 4, 9), "padding": 0}, ValueError, "torchvision.*cannot"),
@@ -401,7 +412,7 @@ def test_flops(case):
     tensors = {key: None if value is None else value.requires_grad_() for key, value in tensors.items()}
     with FlopCounterMode(display=False) as counter:
         out = ball_conv2d(**tensors, **arguments, backend="gather")
-    batch, taps, _, height, width = tensors["positions"].shape
+    batch, taps, _, height, width = tensors["samples"].shape
     samples = batch * taps * height * width
     gather, product = (
         4 * samples * tensors["x"].shape[1],
@@ -472,104 +483,135 @@ def test_default_is_the_first_that_can_run(monkeypatch):
     assert called == ["gather", *RUNNABLE]
 
 
-# --- the way around the positions: straight from metrics -------------------------------------------------------------
+# --- straight from metrics -------------------------------------------------------------------------------------------
 
 METRICS = {
     "lattice": {},
     "onion, ε": {"pattern": "onion", "eps": 1e-6},
     "polar, stride, groups": {"pattern": "polar", "stride": 2, "groups": 2},
-    "no drift": {"eps_omega": 1.0},
-    "at the bound": {"drift": 1.5},
+    "no drift": {"drift": 0.0},
+    "at the floor": {"drift": 3.0},
     "mask": {"mask": True, "batch": 3},
     "even kernel": {"kernel_size": (2, 2)},
     "dilation": {"dilation": 2, "padding": 2},
     "one pixel": {"size": (1, 1)},
     "batch of 1": {"batch": 1, "size": (7, 5)},
+    "metric groups": {"metric_groups": 2, "batch": 3},
+    "metric groups in a group": {"metric_groups": 4, "groups": 2, "mask": True, "pattern": "polar"},
+    "depthwise": {"metric_groups": 2, "groups": 4, "out_channels": 4, "stride": 2},
 }
 
 
-def metric_problem(pattern="lattice", eps_omega=0.3, eps=0.0, drift=0.2, **others):
-    """Leaves with `fields` for positions, the arguments, and the function from those leaves by way of positions."""
-    tensors, arguments = problem(**others)
-    taps, out = tensors["positions"].shape[1], tensors["positions"].shape[3:]
-    dtype, k = tensors["positions"].dtype, math.isqrt(taps)
-    dilation = pair(arguments["dilation"])
-    directions, radii = (t.to(dtype) for t in PATTERNS[pattern](k, dilation))
-    points, directions = (radii[:, :, None] * directions).flatten(0, 1), directions.repeat(len(radii), 1)
-    l0, l1, l2 = (1 + 0.2 * torch.randn(len(tensors["x"]), *out, dtype=dtype) for _ in range(3))
-    omega = drift * torch.randn(2, len(tensors["x"]), *out, dtype=dtype)
-    fields = torch.stack((l0 * l0, 0.5 * l0 * l1, l1 * l1 + l2 * l2, *omega), 1)
-    leaves = {"x": tensors["x"], "fields": fields} | {key: tensors[key] for key in ("weight", "bias", "mask")}
+def metric_problem(pattern="lattice", eps=0.0, drift=0.3, metric_groups=1, **others):
+    """Leaves with `fields` for positions, the arguments, and functions from those leaves: fused, and by positions.
 
-    def fused(x, fields, weight, bias, mask, stride, padding, dilation, groups, backend="gather"):
-        geometry = pair(stride), pair(padding), pair(dilation), groups
-        return metric_conv2d(x, fields, points, weight, bias, mask, *geometry, eps_omega, eps, backend)
+    The positions of the oracle are the formula of M and ω, one group at a time.
+    """
+    tensors, arguments = problem(metric_groups=metric_groups, **others)
+    (batch, taps, _, *out), dtype = tensors["samples"].shape, tensors["samples"].dtype
+    points = PATTERNS[pattern](math.isqrt(taps // metric_groups), pair(arguments["dilation"])).to(dtype)
+    parts = []
+    for _ in range(metric_groups):
+        a, b, d = (1 + 0.2 * torch.randn(batch, *out, dtype=dtype) for _ in range(3))
+        parts += [a, 0.5 * (b - 1), d, *drift * torch.randn(2, batch, *out, dtype=dtype)]
+    leaves = {"x": tensors["x"], "fields": torch.stack(parts, 1)}
+    leaves |= {key: tensors[key] for key in ("weight", "bias", "mask")}
+
+    def fused(x, fields, weight, bias, mask, backend="gather", **geometry):
+        return ball_conv2d(x, Samples(fields, points, eps), weight, bias, mask=mask, backend=backend, **geometry)
 
     def by_positions(fields, **others):
-        a, b, d = fields[:, 0], fields[:, 1], fields[:, 2]
-        finsler = randers(directions, (a, b, d, (a * d - b * b).sqrt()), fields[:, 3:].movedim(1, -1), eps_omega)
-        positions = (points / (finsler + eps)[..., None]).permute(0, 3, 4, 1, 2)
-        return ball_conv2d(positions=positions, backend="reference", **others)
+        balls = []
+        for a, b, d, x, y in (part.unbind(1) for part in fields.split(5, 1)):
+            m = torch.stack((a * a + b * b, b * (a + d), b * (a + d), b * b + d * d), -1).unflatten(-1, (2, 2))
+            omega = torch.stack((a * x + b * y, b * x + d * y), -1)
+            p = points.to(m).flatten(0, 1)
+            r = p.norm(dim=-1)
+            size = torch.einsum("ki,bhwij,kj->bhwk", p, m, p).clamp(min=1e-30).sqrt()
+            finsler = torch.maximum(size + omega @ p.T, 1e-3 * size) + eps * r
+            finsler = torch.where(r > 0, finsler, 1.0)
+            balls.append(((r / finsler)[..., None] * p).permute(0, 3, 4, 1, 2))
+        return ball_conv2d(samples=torch.cat(balls, 1), backend="reference", **others)
 
     return leaves, arguments, fused, by_positions
 
 
+@backends
 @pytest.mark.parametrize("case", METRICS)
-def test_metric_entry_equals_its_positions(case):
+def test_samples_of_metrics_equal_their_positions(case, backend):
     leaves, arguments, fused, by_positions = metric_problem(**METRICS[case])
     expected = outputs_and_gradients(by_positions, leaves, arguments)
-    compare(outputs_and_gradients(fused, leaves, arguments), expected, 1e-9)
+    compare(outputs_and_gradients(functools.partial(fused, backend=backend), leaves, arguments), expected, 1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("case", ["lattice", "mask", "polar, stride, groups"])
-def test_metric_entry_in_low_precision(case, dtype, tolerance):
+@pytest.mark.parametrize("case", ["lattice", "mask", "polar, stride, groups", "metric groups in a group"])
+def test_samples_of_metrics_in_low_precision(case, dtype, tolerance):
     leaves, arguments, fused, by_positions = metric_problem(**{"size": (9, 8)} | METRICS[case], dtype=dtype)
     actual = outputs_and_gradients(fused, leaves, arguments)
     assert actual["out"].dtype == dtype and actual["fields"].dtype == torch.float32
     compare(actual, outputs_and_gradients(by_positions, leaves, arguments, torch.float64), tolerance)
 
 
-@pytest.mark.parametrize("case", ["lattice", "no drift", "mask"])
-def test_metric_entry_gradcheck(case):
-    leaves, arguments, fused, _ = metric_problem(**{"size": (3, 2), "out_channels": 2} | METRICS[case])
+@pytest.mark.parametrize("case", ["lattice", "no drift", "mask", "metric groups"])
+def test_samples_of_metrics_gradcheck(case):
+    leaves, arguments, fused, _ = metric_problem(**METRICS[case] | {"size": (3, 2), "out_channels": 2, "batch": 2})
     leaves = {key: None if value is None else value.requires_grad_() for key, value in leaves.items()}
-    assert torch.autograd.gradcheck(lambda *values: fused(*values, **arguments), tuple(leaves.values()))
+    assert torch.autograd.gradcheck(lambda *v: fused(*v, **arguments), tuple(leaves.values()), fast_mode=True)
 
 
-def test_metric_entry_in_pieces_and_strides(monkeypatch):
+def test_metrics_in_pieces_and_strides(monkeypatch):
     """Fields of any memory layout, planned a line at a time."""
     monkeypatch.setattr(gather, "PLAN_SAMPLES", 1)
     monkeypatch.setattr(gather, "SLAB_BYTES", 1)
-    leaves, arguments, fused, by_positions = metric_problem(mask=True, batch=3, out_channels=2)
+    leaves, arguments, fused, by_positions = metric_problem(mask=True, batch=3, out_channels=2, metric_groups=2)
     expected = outputs_and_gradients(by_positions, leaves, arguments)
     for layout in (torch.channels_last, torch.contiguous_format):
         laid = {key: t.contiguous(memory_format=layout) if t.dim() == 4 else t for key, t in leaves.items()}
         compare(outputs_and_gradients(fused, laid, arguments), expected, 1e-9)
 
 
-def test_metric_entry_opcheck():
-    leaves, arguments, *_ = metric_problem(mask=True, groups=2, dtype=torch.float32)
+def test_metrics_opcheck():
+    leaves, arguments, *_ = metric_problem(mask=True, groups=2, metric_groups=2, dtype=torch.float32)
     points = torch.randn(9, 2)
     x, fields, weight, bias, mask = (value.requires_grad_() for value in leaves.values())
     tail = [list(pair(arguments[key])) for key in ("stride", "padding", "dilation")] + [arguments["groups"]]
     forward, backward = torch.ops.timm_metricconv.gather_conv2d, torch.ops.timm_metricconv.gather_conv2d_backward
-    torch.library.opcheck(forward.default, (x, fields, weight, bias, mask, *tail, points, 0.3, 1e-6))
+    torch.library.opcheck(forward.default, (x, fields, weight, bias, mask, *tail, points, 1e-6))
     x, fields, weight, mask = (value.detach() for value in (x, fields, weight, mask))
     grad = torch.randn(2, 6, 5, 4)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        arguments = (grad, x, fields, weight, mask, *tail, *needs, points, 0.3, 1e-6)
+        arguments = (grad, x, fields, weight, mask, *tail, *needs, points, 1e-6)
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fields": torch.zeros(2, 7, 5, 4)}, r"samples.fields: expected .*2, 5, 5, 4.*2, 7, 5, 4"),
+        ({"fields": torch.zeros(2, 15, 5, 4)}, "samples.fields: metric_groups=3 must divide the 4 channels"),
+        ({"points": torch.zeros(8, 2)}, r"samples.points: expected \[K=9, 2\]"),
+    ],
+)
+def test_samples_that_do_not_fit(change, message):
+    tensors, arguments = problem(dtype=torch.float32)
+    parts = {"fields": torch.zeros(2, 5, 5, 4), "points": torch.zeros(9, 2), "eps": 0.0} | change
+    with pytest.raises(ValueError, match=message):
+        ball_conv2d(**tensors | {"samples": Samples(**parts)}, **arguments)
+
+
+def test_groups_that_do_not_nest():
+    x, weight = torch.zeros(1, 12, 5, 5), torch.zeros(12, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"metric_groups=2 .*groups=3"):
+        ball_conv2d(x, torch.zeros(1, 18, 2, 5, 5), weight, padding=1, groups=3)
 
 
 @pytest.mark.parametrize("drift", ["whitened", "sigmoid_norm"])
 @pytest.mark.parametrize("parametrization", ["logspd", "cholesky", "spectral"])
-def test_layer_takes_the_metric_entry(parametrization, drift):
-    """What a layer computes by default is what its positions say."""
+def test_layer_computes_what_its_positions_say(parametrization, drift):
     layer = MetricConv2d(6, 4, 3, stride=2, parametrization=parametrization, drift=drift, pattern="onion")
     torch.nn.init.normal_(layer.predictor.weight, std=0.2)
     x = torch.randn(2, 6, 9, 8)
-    assert fuses_metric(x, layer.weight, None)
     results = []
     for layer.backend in (None, "reference"):
         leaf = x.clone().requires_grad_()
@@ -579,12 +621,18 @@ def test_layer_takes_the_metric_entry(parametrization, drift):
     compare(*results, 1e-4)
 
 
-def test_a_ball_of_ones_own_counts():
+def test_samples_of_ones_own_count():
     class Still(MetricConv2d):
-        def ball(self, raw):
-            return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(super().ball(raw))
+        def samples(self, raw):
+            return self.points.flatten(0, 1)[None, :, :, None, None].expand_as(place(super().samples(raw)))
 
     layer = Still(4, 6, 3)
     torch.nn.init.normal_(layer.predictor.weight)
     x = torch.randn(2, 4, 6, 5)
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_untried_devices_get_ordinary_operators(device):
+    names = [name for name, row in BACKENDS.items() if row.why_not(device, 4) is None]
+    assert names[0] == "reference"

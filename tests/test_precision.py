@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_metricconv import LAYERS, BallConv2d, MetricConv2d
+from timm_metricconv.ops import place
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = ["test_resnet_metric", "test_resnet_deform", "test_resnet_shifted"]
@@ -87,7 +88,7 @@ def test_matmul_precision_moves_no_sample():
     raw = layer.predict(x)
     try:
         torch.set_float32_matmul_precision("medium")
-        assert torch.equal(layer.ball(raw), positions)
+        assert torch.equal(place(layer.samples(raw)), positions)
         assert torch.equal(layer.predict(x), raw) and torch.equal(layer.positions(x), positions)
         torch.testing.assert_close(layer(x), out, rtol=2e-2, atol=2e-2)
     finally:

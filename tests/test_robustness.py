@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from timm_metricconv import LAYERS, MetricConv2d
 from timm_metricconv.geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS
+from timm_metricconv.ops import place
 
 ROOT = Path(__file__).parent.parent
 KINDS = pytest.mark.parametrize("kind", LAYERS)
@@ -200,9 +201,9 @@ def test_raw_channels_at_1e4(parametrization, pattern, dtype):
 def test_smallest_margin_keeps_the_radius():
     """The drift straight against a sample, as strong as it gets: float32 still tells F from zero."""
     layer = MetricConv2d(1, 1, 3, eps_omega=1e-4)
-    drifts = -1e4 * layer.directions
+    drifts = -1e4 * layer.points[0]
     raw = torch.cat((torch.zeros(len(drifts), 3), drifts), 1).T[None, :, :, None].requires_grad_()
-    radii = layer.ball(raw).norm(dim=2)
+    radii = place(layer.samples(raw)).norm(dim=2)
     radii.sum().backward()
     assert radii.max() < layer.max_radius * (1 + 1e-3) and raw.grad.isfinite().all()
 
@@ -223,14 +224,15 @@ def test_network_with_nan_stays_in_its_image():
 @pytest.fixture(scope="module")
 def recipes():
     pytest.importorskip("accelerate", reason="needs the extra [demo]")
-    from timm_metricconv.recipes import config, train
+    from timm_metricconv.recipes import config, network, train
 
-    return {"ConfigError": config.ConfigError, "RecipeError": config.RecipeError, "module": train}
+    names = {"ConfigError": config.ConfigError, "RecipeError": config.RecipeError}
+    return {**names, "module": train, "network": network}
 
 
 def load(recipes, path, **changes):
     config = recipes["module"].TrainConfig(model="test_resnet_metric", checkpoint=str(path), **changes)
-    return recipes["module"].build_model(config, 5)
+    return recipes["network"].build_model(config, 5)
 
 
 @pytest.fixture(scope="module")

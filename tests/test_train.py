@@ -1,5 +1,6 @@
 """Training end to end on tiny data: what it writes, kill and resume, two processes, refusals."""
 
+import csv
 import json
 import os
 import signal
@@ -18,19 +19,13 @@ pytest.importorskip("accelerate", reason="needs the extra [demo]")
 import numpy as np
 from accelerate.state import AcceleratorState
 from PIL import Image
+from timm.scheduler import create_scheduler_v2
 
 from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
-from timm_metricconv.recipes.train import (
-    TrainConfig,
-    TrainingDiverged,
-    build_model,
-    is_predictor,
-    parameter_groups,
-    predictor_regulariser,
-    train,
-)
+from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
+from timm_metricconv.recipes.train import TrainConfig, TrainingDiverged, learning_rate, make_optimiser, train
 from timm_metricconv.recipes.validate import ValidateConfig, validate
 
 ROOT = Path(__file__).parent.parent
@@ -198,15 +193,51 @@ def test_fixed_kernels_stay(tmp_path, images):
 
 
 def test_parameter_groups():
+    """Each parameter is in one group, decayed where it should be."""
     model = timm.create_model("test_resnet_metric")
-    config = TrainConfig(lr=0.5, predictor_lr=0.1, weight_decay=0.3)
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, weight_decay=0.3, predictor_lr=0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     by_id = {id(p): group for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = by_id[id(parameter)]
-        assert group["lr"] == pytest.approx(0.05 if is_predictor(name) else 0.5)
+        assert group["lr_scale"] == (0.1 if is_predictor(name) else 1.0)
         assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "step", "poly"])
+@pytest.mark.parametrize("predictor_lr", [0.0, 0.1, 3.0])
+def test_predictors_move_at_their_rate(sched, predictor_lr):
+    """A step of plain SGD moves a predictor by predictor_lr times what it moves any other parameter, in every epoch."""
+    model = timm.create_model("test_resnet_metric")
+    choice = {"opt": "sgd", "lr": 0.5, "weight_decay": 0.0, "epochs": 7, "warmup_epochs": 2, "min_lr": 0.01}
+    config = TrainConfig(sched=sched, predictor_lr=predictor_lr, **choice)
+    optimiser, schedule = make_optimiser(model, config)
+    only = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    alone, _ = create_scheduler_v2(only, sched, num_epochs=7, warmup_epochs=2, min_lr=0.01)  # timm's, of one group
+    for group in optimiser.param_groups:
+        group.update(momentum=0, nesterov=False)
+    for epoch in range(config.epochs):
+        schedule.step(epoch)
+        alone.step(epoch)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+        rate = only.param_groups[0]["lr"]
+        assert learning_rate(optimiser) == pytest.approx(rate)
+        for name, parameter in model.named_parameters():
+            moved = before[name] - parameter.detach()
+            expected = torch.full_like(moved, rate * (predictor_lr if is_predictor(name) else 1.0))
+            torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_curves_have_the_rate_of_the_network(tmp_path, images):
+    """Warm-up begins at timm's 1e-5; then the cosine from `lr`."""
+    config = tiny(tmp_path, images, warmup_epochs=1, epochs=2)
+    train(config, quiet=True)
+    with (config.folder / "curves.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([1e-5, config.lr / 2])
 
 
 def test_predictor_regulariser():
@@ -270,6 +301,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, images, monkeypatch):
         ({"checkpoint": "nowhere.safetensors"}, "no file 'nowhere.safetensors'"),
         ({"batch_size": 1000}, "more than the 32 training images"),
         ({"amp": "fp16"}, "fp16"),
+        ({"epochs": 0}, "epochs: expected a number greater than 0; got 0"),
+        ({"sched": "wsd", "epochs": 1}, "sched='wsd' with epochs=1"),
+        ({"kernels": ["layer9"]}, "kernels: .*layer9.*; expected names of convolutions"),
     ],
 )
 def test_refusals(tmp_path, images, changes, message):

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from timm_metricconv import LAYERS, convert, viz
-from timm_metricconv.recipes.config import ConfigError
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
@@ -135,35 +134,3 @@ def test_a_missing_extra_is_told(monkeypatch):
     monkeypatch.setattr(viz.importlib, "import_module", absent)
     with pytest.raises(ImportError, match=r'pip install "timm_metricconv\[demo\]"'):
         viz.plot_maps(viz.image_field(IMAGE), IMAGE)
-
-
-def test_the_recipe_writes_its_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "image.png"
-    Image.fromarray(IMAGE).save(file)
-    written = viz.visualise(
-        viz.VisualiseConfig(output=str(tmp_path / "out"), image=str(file), size=48, model="test_resnet_metric", dpi=40)
-    )
-    assert [path.name for path in written] == [
-        "unit_balls.png",
-        *(f"layer2.0.conv1-{what}.png" for what in ("samples", "balls", "maps")),
-    ]
-    for path in written:
-        assert np.asarray(Image.open(path)).std() > 0
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"image": "no_such_picture"}, "no file and no picture"),
-        ({"metric": {"tau": 2.0}}, "tau"),
-        ({"metric": {"tilt": 2.0}}, "tilt"),
-        ({"model": "test_resnet"}, "no such layer"),
-        ({"model": "test_resnet_metric", "layers": ["layer1"]}, r"layer2\.0\.conv1"),
-    ],
-)
-def test_the_recipe_refuses_what_it_cannot_do(tmp_path, wrong, message):
-    pytest.importorskip("skimage")
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ConfigError, match=message):
-        viz.visualise(viz.VisualiseConfig(**{"output": str(tmp_path), "image": "camera", "size": 32, **wrong}))

@@ -7,9 +7,7 @@ for `plot_grad_cam`. The functions return matplotlib figures and know no global 
 from __future__ import annotations
 
 import importlib
-import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -28,7 +26,6 @@ from .geometry import (
     zermelo_ellipse,
 )
 from .layers import BallConv2d, MetricConv2d
-from .recipes.config import ConfigError, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +39,7 @@ TURN = torch.linspace(0, 2 * torch.pi, 181)
 Pair = Tuple[float, float]
 
 
-def _need(module: str, package: str) -> Any:
+def need(module: str, package: str) -> Any:
     """An optional dependency, or an error that says how to get it."""
     try:
         return importlib.import_module(module)
@@ -51,7 +48,7 @@ def _need(module: str, package: str) -> Any:
 
 
 def _figure(width: float, height: float) -> Figure:
-    return _need("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
+    return need("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
 
 
 def _panels(count: int, image: np.ndarray, width: float = 3.0) -> Tuple[Figure, List[Axes]]:
@@ -237,6 +234,21 @@ def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> Bal
     return BallField((a, b, d, s), omega[0], torch.arange(width).float(), torch.arange(height).float())
 
 
+def strong_edges(image: np.ndarray, count: int = 3, smoothing: float = 2.0) -> List[List[float]]:
+    """(x, y) of the image's strongest edges, a fifth of its shorter side apart from each other and from the border."""
+    ratio = anisotropy(image_field(image, smoothing).metric).clone()
+    height, width = ratio.shape
+    apart, points = min(height, width) // 5, []
+    margin = apart // 2
+    inner = torch.zeros_like(ratio)
+    inner[margin : height - margin, margin : width - margin] = ratio[margin : height - margin, margin : width - margin]
+    for _ in range(count):
+        y, x = divmod(int(inner.argmax()), width)
+        points.append([float(x), float(y)])
+        inner[max(0, y - apart) : y + apart + 1, max(0, x - apart) : x + apart + 1] = 0
+    return points
+
+
 # ---------------------------------------------------------------- drawing
 
 
@@ -279,7 +291,7 @@ def plot_field(
         ax: Where to draw; by default a new figure (`ax.figure`).
         title: Above the picture.
     """
-    collections, colours = _need("matplotlib.collections", "matplotlib"), _need("matplotlib.colors", "matplotlib")
+    collections, colours = need("matplotlib.collections", "matplotlib"), need("matplotlib.colors", "matplotlib")
     if ax is None:
         width = 7.0 if image.shape[1] < 2 * image.shape[0] else 11.0
         ax = _figure(width + 0.9, width * image.shape[0] / image.shape[1] + 0.5).subplots()
@@ -369,7 +381,7 @@ def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[f
     for number, (ax, (row, column)) in enumerate(zip(axes[1:], pixels, strict=True), 1):
         x, y = float(xs[column]), float(ys[row])
         axes[0].add_patch(
-            _need("matplotlib.patches", "matplotlib").Rectangle(
+            need("matplotlib.patches", "matplotlib").Rectangle(
                 (x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=ORANGE, linewidth=1.8
             )
         )
@@ -431,7 +443,7 @@ def plot_grad_cam(
     Raises:
         ValueError: A network has no `feature_info` and no layer is named.
     """
-    grad_cam, targets = _need("pytorch_grad_cam", "grad-cam"), _need("pytorch_grad_cam.utils.model_targets", "grad-cam")
+    grad_cam, targets = need("pytorch_grad_cam", "grad-cam"), need("pytorch_grad_cam.utils.model_targets", "grad-cam")
     figure, axes = _panels(1 + len(models), image)
     _show(axes[0], image)
     axes[0].set_title("image", fontsize=10)
@@ -449,160 +461,3 @@ def plot_grad_cam(
         ax.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
         ax.set_title(f"{label}: class {chosen}, p = {float(odds[chosen]):.2f}", fontsize=10)
     return figure
-
-
-# ---------------------------------------------------------------- the recipe
-
-
-@dataclass
-class VisualiseConfig:
-    """Pictures of one image and, where a model is named, of its layers."""
-
-    name: str = option("visualise", "name of the run")
-    output: Optional[str] = option(None, "folder of the pictures; by default runs/<name>")
-    image: str = option("coffee", "a file, or pictures of scikit-image side by side: coffee, brick+grass, ...")
-    size: int = option(384, "shorter side of the image in pixels; 0 keeps its own")
-    metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
-    smoothing: float = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
-    spacing: float = option(24.0, "distance between two balls in pixels of the image")
-    points: List[List[float]] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
-    model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
-    model_args: Dict[str, Any] = option({}, "arguments of the model")
-    pretrained: bool = option(False, "load the model's weights")
-    layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
-    cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
-    dpi: float = option(110.0, "resolution of the pictures")
-    cam_class: Optional[int] = option(None, "class that Grad-CAM explains; by default each network's first choice")
-
-    @property
-    def folder(self) -> Path:
-        """Where the pictures go."""
-        return Path(self.output or f"runs/{self.name}")
-
-
-def load_image(name: str, size: int = 0) -> np.ndarray:
-    """A picture as `[H, W, 3]` uint8.
-
-    Args:
-        name: A file, or names of scikit-image's pictures, joined by "+" to stand side by side.
-        size: Its shorter side; 0 keeps its own.
-
-    Raises:
-        ConfigError: There is neither such a file nor such a picture.
-    """
-    numpy, pillow = _need("numpy", "numpy"), _need("PIL.Image", "pillow")
-    if Path(name).is_file():
-        picture = pillow.open(name).convert("RGB")
-    else:
-        library, parts = _need("skimage.data", "scikit-image"), []
-        for part in name.split("+"):
-            try:
-                parts.append(numpy.asarray(pillow.fromarray(getattr(library, part)()).convert("RGB")))
-            except Exception as error:  # no such name, not a picture, or one that has to be downloaded first
-                raise ConfigError(f"image: {part!r} is no file and no picture of scikit-image ({error}).") from None
-        if len({part.shape[0] for part in parts}) > 1:
-            raise ConfigError(f"image: {name!r}: pictures side by side need the same height.")
-        picture = pillow.fromarray(numpy.concatenate(parts, 1))
-    if size:
-        factor = size / min(picture.size)
-        picture = picture.resize([round(side * factor) for side in picture.size], pillow.Resampling.LANCZOS)
-    return numpy.asarray(picture)
-
-
-def strong_edges(image: np.ndarray, count: int = 3, smoothing: float = 2.0) -> List[List[float]]:
-    """(x, y) of the image's strongest edges, a fifth of its shorter side apart from each other and from the border."""
-    ratio = anisotropy(image_field(image, smoothing).metric).clone()
-    height, width = ratio.shape
-    apart, points = min(height, width) // 5, []
-    margin = apart // 2
-    inner = torch.zeros_like(ratio)
-    inner[margin : height - margin, margin : width - margin] = ratio[margin : height - margin, margin : width - margin]
-    for _ in range(count):
-        y, x = divmod(int(inner.argmax()), width)
-        points.append([float(x), float(y)])
-        inner[max(0, y - apart) : y + apart + 1, max(0, x - apart) : x + apart + 1] = 0
-    return points
-
-
-def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
-    from .recipes.train import TrainConfig, build_model
-
-    # a folder of weights without its weights would be no use
-    pretrained = config.pretrained or name.startswith("local-dir:")
-    return build_model(TrainConfig(model=name, model_args=arguments, pretrained=pretrained)).eval()
-
-
-def _as_input(model: nn.Module, image: np.ndarray) -> Tensor:
-    """The picture as a timm model takes it, `[1, C, H, W]`."""
-    cfg = model.pretrained_cfg
-    channels = cfg["input_size"][0]
-    x = torch.as_tensor(image.copy()).permute(2, 0, 1)[None].float() / 255
-    x = x if channels == 3 else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return (x - mean) / std
-
-
-def _save(figure: Figure, path: Path, dpi: float) -> None:
-    """As PNG with a palette: a third of the size, and no difference to the eye."""
-    from .recipes.report import write_atomic
-
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
-    pillow = _need("PIL.Image", "pillow")
-    picture = pillow.open(drawn).convert("RGB")
-    # rare colours (the ends of a colour scale) keep a place in the palette, which k-means then fits to the rest
-    picture = picture.quantize(256, pillow.Quantize.MAXCOVERAGE, kmeans=3, dither=pillow.Dither.NONE)
-    picture.save(packed, format="png", optimize=True)
-    write_atomic(path, packed.getvalue())
-
-
-def visualise(config: VisualiseConfig) -> List[Path]:
-    """Makes the pictures that a configuration asks for.
-
-    `unit_balls.png` (balls of a metric built from the image gradient), and for each layer of the model
-    `<layer>-samples.png`, `<layer>-balls.png` and `<layer>-maps.png`; `grad_cam.png` where networks are named for it.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ConfigError: The image, the model or a layer cannot be had; the message says what to do.
-    """
-    _need("matplotlib", "matplotlib")
-    image, written = load_image(config.image, config.size), []
-
-    def save(figure: Figure, name: str) -> None:
-        written.append(config.folder / f"{name}.png")
-        _save(figure, written[-1], config.dpi)
-        print(written[-1])
-
-    try:
-        field = image_field(image, config.smoothing, **config.metric)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"metric: {error}") from None
-    title = "balls of a metric built from the image gradient (no training)"
-    save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
-
-    if config.model:
-        model = _network(config.model, config, config.model_args)
-        names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
-        points = config.points or strong_edges(image)
-        for name in config.layers or names[:1] or [""]:
-            try:
-                view = capture(model, name, _as_input(model, image))
-            except ValueError as error:
-                raise ConfigError(f"layers: {config.model}: {error}") from None
-            field, kind = layer_field(view), type(view.layer).__name__
-            lattice = view.layer.points.flatten(0, 1)[None, :, :, None, None]
-            if (view.positions() - lattice).abs().max() < 1e-3:
-                print(f"{name} samples the plain pattern everywhere: it is untrained, so its balls are disks.")
-            save(plot_samples(view, image, points), f"{name}-samples")
-            whose = "its metric" if field.residual is None else "the metric that fits its samples best"
-            save(plot_field(field, image, config.spacing, title=f"{name}, {kind}: {whose}").figure, f"{name}-balls")
-            save(plot_maps(field, image, title=f"{name}, {kind}"), f"{name}-maps")
-
-    if config.cam:
-        models = {label: _network(name, config, {}) for label, name in config.cam.items()}
-        inputs = {label: _as_input(model, image) for label, model in models.items()}
-        save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
-    return written

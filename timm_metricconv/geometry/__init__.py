@@ -3,7 +3,7 @@
 from .drifts import DRIFTS
 from .image_metric import image_metric
 from .implicit import RandersFit, anisotropy, asymmetry, fit_randers, star_hull, unit_ball
-from .metrics import Metric, conditioned, drift_norm, max_stretch, randers, square_root, zermelo_ellipse
+from .metrics import Metric, Root, randers, square_root, zermelo_ellipse
 from .parametrizations import PARAMETRIZATIONS, Parametrization
 from .patterns import PATTERNS
 
@@ -14,13 +14,11 @@ __all__ = [
     "Metric",
     "Parametrization",
     "RandersFit",
+    "Root",
     "anisotropy",
     "asymmetry",
-    "conditioned",
-    "drift_norm",
     "fit_randers",
     "image_metric",
-    "max_stretch",
     "randers",
     "square_root",
     "star_hull",

@@ -1,51 +1,56 @@
-"""From two raw channels to a drift ω with ‖ω‖_{M⁻¹} < 1: one function and one row of `DRIFTS` each.
+"""From two raw channels to a whitened drift v = A⁻¹ω: one function and one row of `DRIFTS` each.
 
-A function takes the raw drift `[..., 2]`, the metric and ε_ω, and returns ω `[..., 2]`. All but `whitened` are the
-paper's.
+A function takes the raw drift `[..., 2]`, the root A of the metric and ε_ω, and returns v as (x, y), each `[...]`. All
+but `whitened` are the paper's: they give ω by their own formula, whose ε underestimates ‖ω‖ where M is small.
 """
 
-import torch
+from typing import Tuple
+
 from torch import Tensor
 
-from .metrics import Metric, square_root
+from .metrics import Root, whitened_drift
 
 EPS = 1e-6
 
 
-def _regularised_norm(raw: Tensor, metric: Metric, eps: float = EPS) -> Tensor:
-    """n = sqrt(ωᵀ(M + εI)⁻¹ω + ε), the determinant of the 2×2 inverse +ε, written as a sum of squares."""
-    a, b, d, s = metric
+def whitened(raw: Tensor, root: Root, eps_omega: float) -> Tuple[Tensor, Tensor]:
+    """v = raw·(1 − ε_ω) / sqrt(1 + ‖raw‖²): ‖v‖ < 1 − ε_ω by algebra."""
     x, y = raw[..., 0], raw[..., 1]
-    determinant = s * s + eps * (a + d) + eps * eps
-    a = a + eps
+    size = (1 - eps_omega) * (1 + x * x + y * y).rsqrt()
+    return x * size, y * size
+
+
+def _norm(raw: Tensor, root: Root, eps: float = EPS) -> Tensor:
+    """n = sqrt(ωᵀ(M + εI)⁻¹ω + ε), the determinant of the 2×2 inverse + ε, written as a sum of squares."""
+    x, y = raw[..., 0], raw[..., 1]
+    b = root.b * (root.a + root.d)
+    a = root.a * root.a + root.b * root.b + eps
+    trace = a + eps + root.b * root.b + root.d * root.d
+    determinant = root.det * root.det + eps * trace - eps * eps
     share = determinant / (determinant + eps)
     return ((a * y - b * x).square() / (a * (determinant + eps)) + x * x * share / a + eps).sqrt()
 
 
-def sigmoid_norm(raw: Tensor, metric: Metric, eps_omega: float, eps: float = EPS) -> Tensor:
-    """ω·(2σ(n) − 1)(1 − ε_ω) / (n + ε)."""
-    n = _regularised_norm(raw, metric)
-    return raw * ((2 * n.sigmoid() - 1) * (1 - eps_omega) / (n + eps))[..., None]
+def _scaled(raw: Tensor, root: Root, size: Tensor) -> Tuple[Tensor, Tensor]:
+    return whitened_drift(root, raw[..., 0] * size, raw[..., 1] * size)
 
 
-def sigmoid_norm_detach(raw: Tensor, metric: Metric, eps_omega: float, eps: float = EPS) -> Tensor:
+def sigmoid_norm(raw: Tensor, root: Root, eps_omega: float, eps: float = EPS) -> Tuple[Tensor, Tensor]:
+    """ω = raw·(2σ(n) − 1)(1 − ε_ω) / (n + ε)."""
+    n = _norm(raw, root)
+    return _scaled(raw, root, (2 * n.sigmoid() - 1) * (1 - eps_omega) / (n + eps))
+
+
+def sigmoid_norm_detach(raw: Tensor, root: Root, eps_omega: float, eps: float = EPS) -> Tuple[Tensor, Tensor]:
     """As `sigmoid_norm`, the factor detached from the graph."""
-    n = _regularised_norm(raw, metric).detach()
-    return raw * ((2 * n.sigmoid() - 1) * (1 - eps_omega) / (n + eps))[..., None]
+    n = _norm(raw, root).detach()
+    return _scaled(raw, root, (2 * n.sigmoid() - 1) * (1 - eps_omega) / (n + eps))
 
 
-def norm_clip_detach(raw: Tensor, metric: Metric, eps_omega: float, eps: float = EPS) -> Tensor:
-    """ω·min(n, 1 − ε_ω) / (n + ε), the factor detached."""
-    n = _regularised_norm(raw, metric).detach()
-    return raw * (n.clamp(max=1 - eps_omega) / (n + eps))[..., None]
-
-
-def whitened(raw: Tensor, metric: Metric, eps_omega: float) -> Tensor:
-    """M^{1/2}·v·(1 − ε_ω) / sqrt(1 + ‖v‖²): ‖ω‖_{M⁻¹} < 1 − ε_ω by algebra."""
-    a, b, d = square_root(metric)
-    x, y = raw[..., 0], raw[..., 1]
-    size = (1 - eps_omega) * (1 + x * x + y * y).rsqrt()
-    return torch.stack(((a * x + b * y) * size, (b * x + d * y) * size), -1)
+def norm_clip_detach(raw: Tensor, root: Root, eps_omega: float, eps: float = EPS) -> Tuple[Tensor, Tensor]:
+    """ω = raw·min(n, 1 − ε_ω) / (n + ε), the factor detached."""
+    n = _norm(raw, root).detach()
+    return _scaled(raw, root, n.clamp(max=1 - eps_omega) / (n + eps))
 
 
 DRIFTS = {

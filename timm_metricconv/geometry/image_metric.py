@@ -1,7 +1,5 @@
 """A metric without training: unit balls that lie along the edges of an image."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +15,12 @@ def image_metric(
     tau: float = 0.0,
     along: str = "gradient",
     eps: float = 1e-6,
-) -> Tuple[Metric, Tensor]:
+) -> Metric:
     """The metric whose balls are long along edges and thin across them: M = R diag(λ) Rᵀ with R = (v̂, v̂⊥).
 
     v̂ is the direction of Sobel's gradient + eps and v̂⊥ = (−v̂_y, v̂_x). With g = ‖∇‖ / max‖∇‖ over each image,
     λ = scale·(1 + anisotropy·g, 1 / (1 + anisotropy·g)): a disk of radius 1/√scale pixels where the image is flat, and
-    axes in the ratio 1 + anisotropy at its strongest edge. The drift is ω = τ·g·√λ_i·e with (λ_i, e) those of the
+    axes in the ratio 1 + anisotropy at its strongest edge. The whitened drift is v = τ·g·e, with e the direction of the
     gradient or of the edge, so that ‖ω‖_{M⁻¹} = |τ|·g; the ball leans against it.
 
     Args:
@@ -34,7 +32,7 @@ def image_metric(
         eps: Keeps the direction defined where the image is flat.
 
     Returns:
-        M's components (a, b, d, sqrt(det M)), each `[B, H, W]`, and ω `[B, H, W, 2]`; float32 at least.
+        The metric in whitened form, components `[B, H, W]`, float32 at least; `.tensors()` gives M and ω.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -56,8 +54,8 @@ def image_metric(
     strength = torch.linalg.vector_norm(gradient, dim=1)
     g = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
     x, y = F.normalize(gradient + eps, dim=1, eps=1e-12).unbind(1)
-    across, tangent = scale * (1 + anisotropy * g), scale / (1 + anisotropy * g)
+    across = (scale * (1 + anisotropy * g)).sqrt()
+    tangent = scale / across
     a, b, d = across * x * x + tangent * y * y, (across - tangent) * x * y, across * y * y + tangent * x * x
-    towards, eigenvalue = ((x, y), across) if along == "gradient" else ((-y, x), tangent)
-    omega = torch.stack(towards, -1) * (tau * g * eigenvalue.sqrt())[..., None]
-    return (a, b, d, torch.full_like(a, scale)), omega
+    lean = tau * g
+    return Metric(a, b, d, *((lean * x, lean * y) if along == "gradient" else (-lean * y, lean * x)))

@@ -11,7 +11,7 @@ from typing import NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-from .metrics import Metric, drift_norm, randers
+from .metrics import Metric, randers
 
 # Bounds on the eigenvalues of A in units of the samples' own spread: beyond those of a ball that is sampled all around.
 SPREAD_BOUNDS = (1e-3, 1e4)
@@ -23,41 +23,42 @@ class RandersFit(NamedTuple):
     """A field of metrics, each with its misfit.
 
     Attributes:
-        metric: Components (a, b, d, sqrt(det M)), each `[...]`.
+        metric: M `[..., 2, 2]`.
         omega: Drift `[..., 2]` with ‖ω‖_{M⁻¹} < 1.
         residual: ‖F(y) − r‖ / ‖r‖ over the samples, `[...]`: 0 where a metric explains them, at most 1.
     """
 
-    metric: Metric
+    metric: Tensor
     omega: Tensor
     residual: Tensor
 
 
-def anisotropy(metric: Metric) -> Tensor:
-    """sqrt(λ_max / λ_min) of M: the ratio of the axes of the ball that has no drift; 1 for a disk. `[...]`."""
-    a, b, d, s = metric
-    mean = (a + d) / 2
-    largest = mean + torch.hypot((a - d) / 2, b)
-    return largest / s
+def anisotropy(metric: Tensor) -> Tensor:
+    """sqrt(λ_max / λ_min) of M `[..., 2, 2]`: ratio of the axes of the ball without drift, 1 for a disk. `[...]`."""
+    a, b, d = metric[..., 0, 0], metric[..., 0, 1], metric[..., 1, 1]
+    largest = (a + d) / 2 + torch.hypot((a - d) / 2, b)
+    return largest / (a * d - b * b).clamp(min=1e-30).sqrt()
 
 
-def asymmetry(metric: Metric, omega: Tensor) -> Tensor:
-    """‖ω‖_{M⁻¹} in [0, 1): 0 for a ball that is its own mirror image. `[...]`."""
-    return drift_norm(omega, metric)
+def asymmetry(metric: Tensor, omega: Tensor) -> Tensor:
+    """‖ω‖_{M⁻¹} in [0, 1) of M `[..., 2, 2]`, ω `[..., 2]`: 0 for a ball that is its own mirror image. `[...]`."""
+    whitened = Metric.from_tensors(metric, omega)
+    return torch.hypot(whitened.x, whitened.y)
 
 
-def unit_ball(metric: Metric, omega: Tensor, angles: Tensor) -> Tensor:
+def unit_ball(metric: Tensor, omega: Tensor, angles: Tensor) -> Tensor:
     """Radius 1 / F(û) of a metric's unit ball.
 
     Args:
-        metric: Components `[...]`.
+        metric: M `[..., 2, 2]`.
         omega: Drift `[..., 2]`.
         angles: Directions `[N]` in radians, from x (right) towards y (down).
 
     Returns:
         `[..., N]`.
     """
-    return 1 / randers(torch.stack((angles.cos(), angles.sin()), -1).to(omega.dtype), metric, omega, 0.0)
+    directions = torch.stack((angles.cos(), angles.sin()), -1).to(omega.dtype)
+    return 1 / randers(directions, Metric.from_tensors(metric, omega))
 
 
 def _boundary(positions: Tensor, radii: Tensor) -> Tensor:
@@ -201,21 +202,15 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 6) -> RandersFit:
 
     a, b, d = unknowns[..., :3].unbind(-1)
     omega = (whiten @ unknowns[..., 3:, None])[..., 0]
-    wx, wy = omega.unbind(-1)
-    det = (a * d - b * b) * torch.linalg.det(whiten).square()
-    shape = whiten @ _symmetric(a, b, d) @ whiten
-    a, b, d = shape[..., 0, 0], shape[..., 0, 1], shape[..., 1, 1]
-    # det(A + ωωᵀ) = det A + ωᵀ adj(A) ω, a sum of positive terms
-    det = det + d * wx * wx - 2 * b * wx * wy + a * wy * wy
-    metric = a + wx * wx, b + wx * wy, d + wy * wy, det.sqrt()
+    # A + ωωᵀ
+    metric = whiten @ _symmetric(a, b, d) @ whiten + omega[..., :, None] * omega[..., None, :]
 
     samples = positions.permute(0, 3, 4, 1, 2)
-    value = _quadratic(torch.stack(metric[:3], -1), samples).clamp(min=0).sqrt() + (samples @ omega[..., None])[..., 0]
+    square = torch.einsum("...ki,...ij,...kj->...k", samples, metric, samples)
+    value = square.clamp(min=0).sqrt() + (samples @ omega[..., None])[..., 0]
     # The best multiple of F, in closed form: 1 where the steps have converged; elsewhere it bounds the residual by 1.
     factor = (value @ radii) / value.square().sum(-1).clamp(min=1e-30)
     factor = torch.where(factor > 0, factor, 1.0)
-    a, b, d, s = (component * factor.square() for component in metric)
     residual = torch.linalg.vector_norm(value * factor[..., None] - radii, dim=-1) / torch.linalg.vector_norm(radii)
-    return RandersFit(
-        (a.to(dtype), b.to(dtype), d.to(dtype), s.to(dtype)), (omega * factor[..., None]).to(dtype), residual.to(dtype)
-    )
+    metric, omega = metric * factor.square()[..., None, None], omega * factor[..., None]
+    return RandersFit(metric.to(dtype), omega.to(dtype), residual.to(dtype))

@@ -1,96 +1,120 @@
-"""Randers metrics of the plane, F(u) = sqrt(uᵀMu) + ωᵀu, as plain tensors.
+"""Randers metrics of the plane, F(u) = sqrt(uᵀMu) + ωᵀu, in the whitened form: the one place of the law.
 
-A `Metric` is the tuple (a, b, d, s): M = [[a, b], [b, d]] and s = sqrt(det M). A parametrization knows s exactly, as a
-product of positive factors, where a·d − b² would cancel in float32. Every component has the same shape `[...]`, so that
-a field of metrics is four dense images. Source: Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025).
+With A the symmetric root of M (A² = M) and v = A⁻¹ω,
+
+    F(u) = ‖z‖ + v·z,   z = A·u,   ‖ω‖_{M⁻¹} = ‖v‖,   F(u) ≥ (1 − ‖v‖)·‖z‖.
+
+So five numbers (a, b, d, v_x, v_y) are a metric as soon as A = [[a, b], [b, d]] is positive and ‖v‖ < 1: nothing is
+inverted, and nothing has to be guarded. Source: Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025); the
+whitened form is ours.
 """
 
-import math
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
-Metric = Tuple[Tensor, Tensor, Tensor, Tensor]
-
-# float32 cannot hold a metric whose condition number is far above this one: its determinant is lost to rounding.
-MAX_CONDITION = 1e5
-
-
-def conditioned(metric: Metric, max_condition: float = MAX_CONDITION) -> Metric:
-    """Adds a multiple of the identity that keeps M positive definite in float32, none where M is well conditioned."""
-    a, b, d, s = metric
-    trace = a + d
-    # det / trace bounds the smaller eigenvalue from below
-    lift = (trace / max_condition - s * s / trace).clamp(min=0)
-    return a + lift, b, d + lift, (s * s + lift * trace + lift * lift).sqrt()
+# Where a drift of the paper's leaves the law, F is kept at this multiple of ‖z‖; idle by algebra where ‖v‖ < 0.999.
+FLOOR = 1e-3
+# ‖z‖² of any metric is far above this, which only keeps the derivative of the root finite at zero.
+TINY = 1e-30
 
 
-def drift_norm(omega: Tensor, metric: Metric) -> Tensor:
-    """‖ω‖_{M⁻¹} as a sum of two squares, which no rounding turns negative. `omega`: `[..., 2]`."""
-    a, b, _, s = metric
-    x, y = omega[..., 0], omega[..., 1]
-    # the tiny constant keeps the derivative finite at zero
-    return (((a * y - b * x) / s).square() / a + x * x / a + 1e-12).sqrt()
+class Root(NamedTuple):
+    """The symmetric root A = [[a, b], [b, d]] of a metric M, every component of the same shape `[...]`.
+
+    Attributes:
+        a: A₀₀.
+        b: A₀₁ = A₁₀.
+        d: A₁₁.
+        det: det A = sqrt(det M), which a parametrization knows as a product of positive factors.
+    """
+
+    a: Tensor
+    b: Tensor
+    d: Tensor
+    det: Tensor
 
 
-def square_root(metric: Metric) -> Tuple[Tensor, Tensor, Tensor]:
-    """The symmetric root of M in closed form, (M + sI) / sqrt(tr M + 2s), as its entries (a, b, d)."""
-    a, b, d, s = metric
+class Metric(NamedTuple):
+    """A Randers metric in whitened form, every component of the same shape `[...]`.
+
+    Attributes:
+        a: A₀₀ of the symmetric root A of M, in 1 / pixel.
+        b: A₀₁ = A₁₀.
+        d: A₁₁.
+        x: v_x of the whitened drift v = A⁻¹ω.
+        y: v_y.
+    """
+
+    a: Tensor
+    b: Tensor
+    d: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def from_tensors(cls, m: Tensor, omega: Tensor) -> "Metric":
+        """The whitened form of M `[..., 2, 2]`, symmetric positive definite, and ω `[..., 2]`."""
+        a, b, d = m[..., 0, 0], m[..., 0, 1], m[..., 1, 1]
+        root = square_root(a, b, d, (a * d - b * b).clamp(min=TINY).sqrt())
+        return cls(root.a, root.b, root.d, *whitened_drift(root, omega[..., 0], omega[..., 1]))
+
+    def tensors(self) -> Tuple[Tensor, Tensor]:
+        """M = A² `[..., 2, 2]` and ω = A·v `[..., 2]`."""
+        a, b, d, x, y = self
+        off = b * (a + d)
+        m = torch.stack((a * a + b * b, off, off, b * b + d * d), -1).unflatten(-1, (2, 2))
+        return m, torch.stack((a * x + b * y, b * x + d * y), -1)
+
+
+def square_root(a: Tensor, b: Tensor, d: Tensor, s: Tensor) -> Root:
+    """The symmetric root of M = [[a, b], [b, d]] with s = sqrt(det M), in closed form: (M + sI) / sqrt(tr M + 2s)."""
     scale = (a + d + 2 * s).rsqrt()
-    return (a + s) * scale, b * scale, (d + s) * scale
+    return Root((a + s) * scale, b * scale, (d + s) * scale, s)
 
 
-def randers(directions: Tensor, metric: Metric, omega: Tensor, eps_omega: float, bounded: bool = False) -> Tensor:
-    """F of unit vectors.
-
-    Args:
-        directions: Unit vectors û, `[D, 2]`.
-        metric: Components of shape `[...]`.
-        omega: Drift `[..., 2]` with ‖ω‖_{M⁻¹} ≤ 1 − `eps_omega`; not read where `eps_omega` is 1 (Riemannian).
-        eps_omega: The margin ε_ω of the drift.
-        bounded: The condition number of M is known to be small, so nothing can cancel.
-
-    Returns:
-        F(û), `[..., D]`, positive.
-    """
-    a, b, d, s = metric
-    ux, uy = directions[:, 0], directions[:, 1]
-    square = torch.addcmul(a[..., None] * (ux * ux), b[..., None], 2 * ux * uy)
-    square = torch.addcmul(square, d[..., None], uy * uy)
-    if not bounded:
-        # Mathematically idle: det / trace is below the smallest eigenvalue.
-        square = torch.maximum(square, (s * s / (a + d))[..., None])
-    riemannian = square.sqrt()
-    if eps_omega == 1.0:
-        return riemannian
-    value = torch.addcmul(torch.addcmul(riemannian, omega[..., 0:1], ux), omega[..., 1:2], uy)
-    # Idle as well: F ≥ (1 − ‖ω‖)·sqrt(ûᵀMû)
-    return value if bounded else torch.maximum(value, riemannian * (0.5 * eps_omega))
+def whitened_drift(root: Root, x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
+    """v = A⁻¹ω of ω = (x, y)."""
+    return (root.d * x - root.b * y) / root.det, (root.a * y - root.b * x) / root.det
 
 
-def zermelo_ellipse(metric: Metric, omega: Tensor) -> Tuple[Metric, Tensor]:
-    """The unit ball of a Randers metric as a shifted ellipse.
-
-    With λ = 1 − ‖ω‖²_{M⁻¹}, the ball {F ≤ 1} is {(u − c)ᵀ A (u − c) ≤ 1}, A = λ(M − ωωᵀ), c = −M⁻¹ω / λ: Zermelo's
-    navigation data (Bao, Robles, Shen, Zermelo navigation on Riemannian manifolds, 2004).
+def randers(directions: Tensor, metric: Metric, floor: float = FLOOR, tiny: float = TINY) -> Tensor:
+    """F of vectors, positive: ‖z‖ + v·z with z = A·u, kept at `FLOOR`·‖z‖.
 
     Args:
+        directions: Vectors u `[D, 2]` as (x, y).
         metric: Components `[...]`.
-        omega: `[..., 2]`.
+        floor: See `FLOOR`.
+        tiny: See `TINY`. (TorchScript reads constants as defaults only.)
 
     Returns:
-        The metric A (components `[...]`) and the centre c, `[..., 2]`.
+        F(u) `[..., D]`.
     """
-    a, b, d, s = metric
-    x, y = omega[..., 0], omega[..., 1]
-    det = s * s
-    margin = 1 - (d * x * x - 2 * b * x * y + a * y * y) / det
-    ellipse = margin * (a - x * x), margin * (b - x * y), margin * (d - y * y), margin.pow(1.5) * s
-    centre = torch.stack((-(d * x - b * y), -(a * y - b * x)), -1) / (det * margin)[..., None]
-    return ellipse, centre
+    a, b, d, x, y = metric
+    ux, uy = directions[:, 0], directions[:, 1]
+    zx = torch.addcmul(a[..., None] * ux, b[..., None], uy)
+    zy = torch.addcmul(b[..., None] * ux, d[..., None], uy)
+    size = (zx * zx + zy * zy + tiny).sqrt()
+    value = torch.addcmul(torch.addcmul(size, x[..., None], zx), y[..., None], zy)
+    return torch.maximum(value, floor * size)
 
 
-def max_stretch(bound: float, eps_omega: float) -> float:
-    """The longest unit vector of a metric with eigenvalues above exp(−2·bound) and drift margin `eps_omega`."""
-    return math.exp(bound) / eps_omega
+def zermelo_ellipse(metric: Metric) -> Tuple[Tensor, Tensor]:
+    """The unit ball of a Randers metric as a shifted ellipse {(u − c)ᵀE(u − c) ≤ 1}.
+
+    With λ = 1 − ‖v‖², E = λ·A(I − vvᵀ)A and c = −A⁻¹v / λ: Zermelo's navigation data (Bao, Robles, Shen, Zermelo
+    navigation on Riemannian manifolds, 2004).
+
+    Args:
+        metric: Components `[...]` with ‖v‖ < 1.
+
+    Returns:
+        E `[..., 2, 2]` and the centre c `[..., 2]`.
+    """
+    a, b, d, x, y = metric
+    margin = 1 - x * x - y * y
+    m, omega = metric.tensors()
+    ellipse = margin[..., None, None] * (m - omega[..., :, None] * omega[..., None, :])
+    centre = whitened_drift(Root(a, b, d, -margin * (a * d - b * b)), x, y)
+    return ellipse, torch.stack(centre, -1)

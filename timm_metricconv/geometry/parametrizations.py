@@ -1,8 +1,7 @@
-"""From the predictor's raw channels to a metric M: one function and one row of `PARAMETRIZATIONS` each.
+"""From the predictor's raw channels to the root A of a metric: one function and one row of `PARAMETRIZATIONS` each.
 
 A function takes `raw` `[..., channels − 2]` (the last two predicted channels are the drift's) and the pair
-`scale = (s_min, s_max)`, and returns the components (a, b, d, sqrt(det M)), each `[...]`. All but `logspd` are the
-paper's.
+`scale = (s_min, s_max)`, and returns A with its determinant in closed form. All but `logspd` are the paper's.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Callable, Tuple
 import torch
 from torch import Tensor
 
-from .metrics import Metric
+from .metrics import TINY, Root, square_root
 
 EPS = 1e-6
 EPS_L = 0.01
@@ -20,29 +19,29 @@ EPS_L = 0.01
 LOG_BOUND = math.log(4.0)
 
 
-def cholesky(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+def cholesky(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Root:
     """M = LLᵀ with L = [[|l₀| + ε_L, 0], [l₁, |l₂| + ε_L]]."""
     l0, l1, l2 = raw[..., 0].abs() + eps_l, raw[..., 1], raw[..., 2].abs() + eps_l
-    return l0 * l0, l0 * l1, l1 * l1 + l2 * l2, l0 * l2
+    return square_root(l0 * l0, l0 * l1, l1 * l1 + l2 * l2, l0 * l2)
 
 
-def ldl(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+def ldl(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Root:
     """M = LDLᵀ with L = [[1, 0], [l₀, 1]] and D = diag(|d₁| + ε_L, |d₂| + ε_L)."""
     l0, d1, d2 = raw[..., 0], raw[..., 1].abs() + eps_l, raw[..., 2].abs() + eps_l
-    return d1, d1 * l0, d1 * l0 * l0 + d2, (d1 * d2).sqrt()
+    return square_root(d1, d1 * l0, d1 * l0 * l0 + d2, (d1 * d2).sqrt())
 
 
-def _from_axes(direction: Tensor, first: Tensor, second: Tensor, eps: float = EPS) -> Metric:
-    """M = R diag(λ) Rᵀ with R = [v̂, v̂⊥] and v̂ = (v + ε) / (‖v‖ + ε)."""
-    unit = (direction + eps) / (torch.linalg.vector_norm(direction, dim=-1, keepdim=True) + eps)
-    x, y = unit[..., 0], unit[..., 1]
-    a = first * x * x + second * y * y
+def _from_axes(direction: Tensor, first: Tensor, second: Tensor, eps: float = EPS, tiny: float = TINY) -> Root:
+    """The root of M = R diag(λ) Rᵀ with R = [v̂, v̂⊥] and v̂ = (v + ε) / (‖v‖ + ε), whose length ε keeps from one."""
+    direction, size = direction + eps, torch.linalg.vector_norm(direction, dim=-1) + eps
+    x, y = direction[..., 0], direction[..., 1]
+    length = (x * x + y * y + tiny).sqrt()
+    x, y, first, second = x / length, y / length, first.sqrt() * length / size, second.sqrt() * length / size
     b = (first - second) * x * y
-    d = first * y * y + second * x * x
-    return a, b, d, (first * second).sqrt() * (x * x + y * y)
+    return Root(first * x * x + second * y * y, b, first * y * y + second * x * x, first * second)
 
 
-def spectral(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Metric:
+def spectral(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Root:
     """Axis v = raw₀₁, eigenvalues |raw₂₃| + ε_L."""
     return _from_axes(raw[..., 0:2], raw[..., 2].abs() + eps_l, raw[..., 3].abs() + eps_l)
 
@@ -52,32 +51,32 @@ def _scale(raw: Tensor, scale: Tuple[float, float]) -> Tensor:
 
 
 # A sigmoid of −1e4 is zero in float32, and a metric is not: the floor is far below any trained value.
-def spectral_scale(raw: Tensor, scale: Tuple[float, float], floor: float = 1e-8) -> Metric:
+def spectral_scale(raw: Tensor, scale: Tuple[float, float], floor: float = 1e-8) -> Root:
     """Axis v = raw₀₁, eigenvalues 2σ(raw₂₃)·scale(raw₄)."""
     size = _scale(raw[..., 4], scale)
     first, second = (2 * raw[..., 2].sigmoid()).clamp(min=floor), (2 * raw[..., 3].sigmoid()).clamp(min=floor)
     return _from_axes(raw[..., 0:2], first * size, second * size)
 
 
-def spectral_scale_ratio(raw: Tensor, scale: Tuple[float, float], eps: float = EPS, floor: float = 1e-8) -> Metric:
+def spectral_scale_ratio(raw: Tensor, scale: Tuple[float, float], eps: float = EPS, floor: float = 1e-8) -> Root:
     """As `spectral_scale`, the second eigenvalue 1 / (2σ(raw₃) + ε) before scaling."""
     size = _scale(raw[..., 4], scale)
     first, second = (2 * raw[..., 2].sigmoid()).clamp(min=floor), 1 / (2 * raw[..., 3].sigmoid() + eps)
     return _from_axes(raw[..., 0:2], first * size, second * size)
 
 
-def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, tiny: float = 1e-30) -> Metric:
-    """M = exp(S), S = [[p + q, r], [r, p − q]]; p and the norm of (q, r) stay smoothly within ±`bound`."""
+def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, tiny: float = TINY) -> Root:
+    """M = exp(S), A = exp(S / 2), S = [[p + q, r], [r, p − q]]; p and the norm of (q, r) stay smoothly in ±`bound`."""
     p, q, r = raw[..., 0], raw[..., 1], raw[..., 2]
-    p = p * (1 + (p / bound).square()).rsqrt()
-    squash = (1 + (q * q + r * r) / (bound * bound)).rsqrt()
+    p = 0.5 * p * (1 + (p / bound).square()).rsqrt()
+    squash = 0.5 * (1 + (q * q + r * r) / (bound * bound)).rsqrt()
     q, r = q * squash, r * squash
-    n = (q * q + r * r + tiny).sqrt()  # `tiny` only keeps the derivative finite at zero
+    n = (q * q + r * r + tiny).sqrt()
     size, growth = p.exp(), n.expm1()
     # the hyperbolic sine through expm1: as exact, and torch's own is not vectorised
     sinh = 0.5 * (growth + growth / (growth + 1))
     mean, slope = size * (1 + growth - sinh), size * sinh / n
-    return mean + slope * q, slope * r, mean - slope * q, size
+    return Root(mean + slope * q, slope * r, mean - slope * q, size * size)
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,22 @@ class Parametrization:
     """One way from raw channels to a metric.
 
     Attributes:
-        function: Raw channels to metric.
+        function: Raw channels to the root A of the metric.
         channels: Number of predicted channels, the drift's two included.
         identity: `scale` → raw values (without the drift's) for which M = I.
         uniform_rows: Predictor rows that the paper starts at 1 / (k²·C_in).
         default_rows: Predictor rows that the paper leaves at `nn.Conv2d`'s initialisation.
-        log_bound: Bound on |log λ| / 2 of every eigenvalue λ; infinite where there is none.
+        least: No eigenvalue of A is smaller.
+        eps: The paper's formulas divide by F + ε.
     """
 
-    function: Callable[[Tensor, Tuple[float, float]], Metric]
+    function: Callable[[Tensor, Tuple[float, float]], Root]
     channels: int
     identity: Callable[[Tuple[float, float]], Tuple[float, ...]]
     uniform_rows: Tuple[int, ...] = ()
     default_rows: Tuple[int, ...] = ()
-    log_bound: float = math.inf
+    least: float = 0.0
+    eps: float = EPS
 
 
 def _half_scale_logit(scale: Tuple[float, float]) -> float:
@@ -119,7 +120,7 @@ def _ratio_identity(scale: Tuple[float, float]) -> Tuple[float, ...]:
 
 
 PARAMETRIZATIONS = {
-    "logspd": Parametrization(logspd, 5, lambda scale: (0.0, 0.0, 0.0), log_bound=LOG_BOUND),
+    "logspd": Parametrization(logspd, 5, lambda scale: (0.0, 0.0, 0.0), least=math.exp(-LOG_BOUND), eps=0.0),
     "cholesky": Parametrization(cholesky, 5, lambda scale: (1 - EPS_L, 0.0, 1 - EPS_L), uniform_rows=(0, 2)),
     "ldl": Parametrization(ldl, 5, lambda scale: (0.0, 1 - EPS_L, 1 - EPS_L), uniform_rows=(1, 2)),
     "spectral": Parametrization(

@@ -1,4 +1,4 @@
-"""The convolution that all of the family shares: a ball gives positions, one op takes them."""
+"""The convolution that all of the family shares: a ball gives samples, one op takes them."""
 
 import math
 from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..geometry import PATTERNS
-from ..ops import BACKENDS, ball_conv2d
+from ..ops import BACKENDS, Samples, ball_conv2d, place
 from ..ops.reference import ball_conv2d_reference
 
 IntPair = Union[int, Sequence[int]]
@@ -29,7 +29,7 @@ def _int_pair(name: str, value: IntPair, least: int) -> Tuple[int, int]:
 
 
 class BallConv2d(nn.Module):
-    """Base of the convolutions that sample a ball around each pixel; a subclass says which one in `ball`.
+    """Base of the convolutions that sample a ball around each pixel; a subclass says which one in `samples`.
 
     The arguments are those of `nn.Conv2d` with a square kernel, and those that every subclass takes:
 
@@ -42,7 +42,7 @@ class BallConv2d(nn.Module):
         dilation: Of the lattice and of the predictor.
         groups: Of the kernel; the predictor always reads all channels.
         bias: Whether there is one.
-        predicted: Channels of the predictor (set by the subclass); 0 for none.
+        metric_groups: G; the input channels fall into G equal runs, each with a ball of its own.
         modulated: Predict a factor for each sample too, 2σ(raw) (DCNv2's masks, doubled so that zero means 1).
         fixed_kernel: The kernel gets no gradient (the paper's FKW); it stays in the state dict.
         init: "identity" (starts as `nn.Conv2d`) or "paper" (every tap 1 / (k²·C_in), the paper's predictor).
@@ -58,8 +58,11 @@ class BallConv2d(nn.Module):
         weight: nn.Parameter
         bias: Optional[nn.Parameter]
         predictor: nn.Conv2d  # None where nothing is predicted
-        directions: Tensor
         points: Tensor
+
+    # Where the points of the ball come from, and how far from its centre a sample can be, in pixels.
+    pattern = "lattice"
+    max_radius = math.inf
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class BallConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         *,
-        predicted: int,
+        metric_groups: int = 1,
         modulated: bool = False,
         fixed_kernel: bool = False,
         init: str = "identity",
@@ -85,31 +88,42 @@ class BallConv2d(nn.Module):
         k = self.kernel_size[0]
         if k != self.kernel_size[1]:
             raise ValueError(f"kernel_size={kernel_size!r}: a ball has one size, the kernel must be square.")
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+        for name, value in {**counts, "metric_groups": metric_groups}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive integer.")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups}: must divide in_channels={in_channels} and out_channels={out_channels}.")
+        if in_channels % metric_groups or (groups % metric_groups and metric_groups % groups):
+            raise ValueError(
+                f"metric_groups={metric_groups}: must divide in_channels={in_channels}, and divide groups={groups} or "
+                "be divided by it."
+            )
         if backend is not None:
             _choice("backend", backend, list(BACKENDS))
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.metric_groups = metric_groups
         self.stride = _int_pair("stride", stride, 1)
         self.dilation = _int_pair("dilation", dilation, 1)
         same = (self.dilation[0] * (k // 2), self.dilation[1] * (k // 2))
         self.padding = same if padding is None else _int_pair("padding", padding, 0)
         self.modulated, self.fixed_kernel, self.backend = modulated, fixed_kernel, backend
         self.init = _choice("init", init, INITS)
-        self.max_radius = math.inf
 
         dd = {"device": device, "dtype": dtype}
-        taps = k * k
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, k, k, **dd), requires_grad=not fixed_kernel
         )
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
-        channels = predicted + taps * modulated
+        channels = metric_groups * (self.predicted + k * k * modulated)
         self.predictor = self._make_predictor(channels, dd) if channels else None  # type: ignore[assignment]
-        self.pattern = "lattice"
+        self._tabulate()
+        self.reset_parameters()
+
+    @property
+    def predicted(self) -> int:
+        """Raw channels of one metric group, without the masks'."""
+        raise NotImplementedError
 
     def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Conv2d]:
         return nn.Conv2d(
@@ -117,11 +131,10 @@ class BallConv2d(nn.Module):
         )
 
     def _tabulate(self) -> None:
-        """(Re)makes the pattern's tables on the device of the kernel, in float32 at least: never rounded to bf16."""
-        directions, radii = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
-        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
-        self.register_buffer("directions", directions.to(device, dtype), persistent=False)
-        self.register_buffer("points", (radii[:, :, None] * directions).to(device, dtype), persistent=False)
+        """(Re)makes the pattern's points on the device of the kernel, in float32 at least: never rounded to bf16."""
+        points = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.register_buffer("points", points.to(self.weight.device, dtype), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
         """timm's name for this: transformers calls it on networks that were made without memory, on the meta device."""
@@ -195,15 +208,15 @@ class BallConv2d(nn.Module):
         raw = self.predictor(x)
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
-    def ball(self, raw: Tensor) -> Tensor:
-        """Raw channels → positions `[B, K, 2, H_out, W_out]`."""
+    def samples(self, raw: Tensor) -> Union[Tensor, Samples]:
+        """Raw channels → where the op reads: positions `[B, G·K, 2, H_out, W_out]`, or the metrics that they follow."""
         raise NotImplementedError
 
     def density(self, raw: Tensor) -> Optional[Tensor]:
-        """Raw channels → the factor of each sample `[B, K, H_out, W_out]`, or None where there is none."""
+        """Raw channels → the factor of each sample `[B, G·K, H_out, W_out]`, or None where there is none."""
         if not self.modulated:
             return None
-        return 2 * raw[:, -self.kernel_size[0] * self.kernel_size[1] :].sigmoid()
+        return 2 * raw[:, -self.metric_groups * self.kernel_size[0] * self.kernel_size[1] :].sigmoid()
 
     @torch.jit.ignore
     def positions(self, x: Tensor) -> Tensor:
@@ -213,10 +226,10 @@ class BallConv2d(nn.Module):
             x: Input `[B, C_in, H, W]`.
 
         Returns:
-            `[B, K, 2, H_out, W_out]` as (x, y) in pixels of x, from the centre of the kernel's receptive field.
+            `[B, G·K, 2, H_out, W_out]` as (x, y) in pixels of x, from the centre of the kernel's receptive field.
             float32, also under autocast; float64 in a float64 layer.
         """
-        return self.ball(self.predict(x))
+        return place(self.samples(self.predict(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
@@ -232,18 +245,18 @@ class BallConv2d(nn.Module):
                     f"kernel_size={self.kernel_size} with dilation={self.dilation}."
                 )
         raw = self.predict(x)
-        mask = self.density(raw)
+        samples, mask = self.samples(raw), self.density(raw)
         if torch.jit.is_scripting():
             return ball_conv2d_reference(  # TorchScript makes lists of the pairs
-                x, self.ball(raw), self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
+                x, samples, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
             )
-        return self._convolve(x, raw, mask)
+        return self._convolve(x, samples, mask)
 
     @torch.jit.unused
-    def _convolve(self, x: Tensor, raw: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _convolve(self, x: Tensor, samples: Union[Tensor, Samples], mask: Optional[Tensor]) -> Tensor:
         return ball_conv2d(
             x,
-            self.ball(raw),
+            samples,
             self.weight,
             self.bias,
             stride=self.stride,
@@ -257,7 +270,6 @@ class BallConv2d(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"padding={self.padding}"]
-        for name, default in (("dilation", (1, 1)), ("groups", 1), ("modulated", False), ("fixed_kernel", False)):
-            if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)}")
+        defaults = {"dilation": (1, 1), "groups": 1, "metric_groups": 1, "modulated": False, "fixed_kernel": False}
+        parts += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))

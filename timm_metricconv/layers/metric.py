@@ -1,14 +1,14 @@
 """Metric convolution: the unit tangent ball of an explicit Randers metric."""
 
 import math
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, conditioned, drift_norm, max_stretch, randers
-from ..ops import fuses_metric, metric_conv2d
+from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, Parametrization
+from ..ops import Samples
 from .ball_conv import BallConv2d, IntPair, _choice
 
 # float32 cannot tell 1 − ε_ω from 1 below some 1e-7, and a ball would be infinite; from here on `max_radius` holds to
@@ -37,6 +37,7 @@ class MetricConv2d(BallConv2d):
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
         eps_omega: ε_ω from 1e-4 to 1, the margin of the drift: ‖ω‖_{M⁻¹} < 1 − ε_ω. 1 means no drift (Riemannian).
         scale: (s_min, s_max) of `spectral_scale` and `spectral_scale_ratio`.
+        metric_groups: See `BallConv2d`.
         modulated: See `BallConv2d`.
         fixed_kernel: See `BallConv2d`.
         init: See `BallConv2d`.
@@ -67,6 +68,7 @@ class MetricConv2d(BallConv2d):
         pattern: str = "lattice",
         eps_omega: float = 0.5,
         scale: Tuple[float, float] = (0.1, 1.5),
+        metric_groups: int = 1,
         modulated: bool = False,
         fixed_kernel: bool = False,
         init: str = "identity",
@@ -75,6 +77,18 @@ class MetricConv2d(BallConv2d):
         dtype=None,
     ):
         row = PARAMETRIZATIONS[_choice("parametrization", parametrization, list(PARAMETRIZATIONS))]
+        if not isinstance(eps_omega, (int, float)) or not MIN_EPS_OMEGA <= eps_omega <= 1:
+            raise ValueError(f"eps_omega={eps_omega!r}: expected a number from {MIN_EPS_OMEGA} to 1.")
+        numbers = isinstance(scale, (tuple, list)) and all(isinstance(s, (int, float)) for s in scale)
+        if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
+            raise ValueError(f"scale={scale}: expected (s_min, s_max) with 0 < s_min ≤ s_max.")
+        # before the base class finishes the construction, which needs them
+        self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
+        self.pattern = _choice("pattern", pattern, list(PATTERNS))
+        self.eps_omega, self.scale = float(eps_omega), (float(scale[0]), float(scale[1]))
+        self.channels, self.eps = row.channels, row.eps
+        # plain functions, so that TorchScript can compile them
+        self._to_root, self._to_drift = row.function, DRIFTS[drift]
         super().__init__(
             in_channels,
             out_channels,
@@ -84,7 +98,7 @@ class MetricConv2d(BallConv2d):
             dilation,
             groups,
             bias,
-            predicted=row.channels,
+            metric_groups=metric_groups,
             modulated=modulated,
             fixed_kernel=fixed_kernel,
             init=init,
@@ -92,82 +106,38 @@ class MetricConv2d(BallConv2d):
             device=device,
             dtype=dtype,
         )
-        if not isinstance(eps_omega, (int, float)) or not MIN_EPS_OMEGA <= eps_omega <= 1:
-            raise ValueError(f"eps_omega={eps_omega!r}: expected a number from {MIN_EPS_OMEGA} to 1.")
-        numbers = isinstance(scale, (tuple, list)) and all(isinstance(s, (int, float)) for s in scale)
-        if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-            raise ValueError(f"scale={scale}: expected (s_min, s_max) with 0 < s_min ≤ s_max.")
-        self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
-        self.pattern = _choice("pattern", pattern, list(PATTERNS))
-        self.eps_omega, self.scale = float(eps_omega), (float(scale[0]), float(scale[1]))
-        self.channels = row.channels
-        # plain functions, so that TorchScript can compile them
-        self._to_metric, self._to_drift = row.function, DRIFTS[drift]
-        self._bounded = math.isfinite(row.log_bound)
-        # The paper divides by F + ε; a bounded metric has F far above zero.
-        self._eps = 0.0 if self._bounded else 1e-6
-        self._tabulate()
-        radius = float(torch.linalg.vector_norm(PATTERNS[pattern](self.kernel_size[0], self.dilation)[0], dim=-1).max())
-        radius *= float(PATTERNS[pattern](self.kernel_size[0], self.dilation)[1].max())
-        self.max_radius = radius * max_stretch(row.log_bound, self.eps_omega) if self._bounded else math.inf
-        self.reset_parameters()
+        if row.least:
+            # F ≥ (1 − ‖v‖)·‖A·û‖ ≥ ε_ω·least
+            farthest = torch.linalg.vector_norm(PATTERNS[pattern](self.kernel_size[0], self.dilation), dim=-1).max()
+            self.max_radius = float(farthest) / (row.least * self.eps_omega)
+
+    @property
+    def predicted(self) -> int:
+        """The parametrization's channels and two of the drift."""
+        return self.channels
 
     def reset_predictor(self) -> None:
         """Identity: weight zero, and the bias for which M = I, ω = 0. Paper: the authors' rows, bias zero."""
-        row = PARAMETRIZATIONS[self.parametrization]
-        weight, bias = self.predictor.weight, self.predictor.bias
-        if self.init == "identity":
-            nn.init.zeros_(weight)
-            values = torch.zeros(len(bias), dtype=torch.float64, device="cpu")
-            values[: row.channels - 2] = torch.tensor(row.identity(self.scale), dtype=torch.float64, device="cpu")
-            with torch.no_grad():
-                bias.copy_(values)
-            return
-        self.predictor.reset_parameters()
-        with torch.no_grad():
-            bias.zero_()
-            for channel in range(len(weight)):
-                if channel in row.uniform_rows:
-                    weight[channel] = 1 / weight[channel].numel()
-                elif channel not in row.default_rows:
-                    weight[channel] = 1e-6
+        init_predictor(
+            self.predictor, PARAMETRIZATIONS[self.parametrization], self.init, self.scale, self.metric_groups
+        )
 
-    def _randers(self, raw: Tensor) -> Tuple[Metric, Tensor]:
-        """Raw channels → the metric's components `[B, H_out, W_out]` and ω `[B, H_out, W_out, 2]`."""
-        raw = raw.contiguous().permute(0, 2, 3, 1)  # dense images for every channel
-        metric = self._to_metric(raw[..., : self.channels - 2], self.scale)
-        if not self._bounded:
-            metric = conditioned(metric)
+    def _metric(self, raw: Tensor) -> Metric:
+        """Raw channels → the metrics in whitened form, components `[B, H_out, W_out, G]`."""
+        raw = raw[:, : self.metric_groups * self.channels].contiguous()  # dense images for every channel
+        raw = raw.unflatten(1, [self.metric_groups, self.channels]).permute(0, 3, 4, 1, 2)
+        root = self._to_root(raw[..., : self.channels - 2], self.scale)
         if self.eps_omega == 1.0:
-            return metric, torch.zeros_like(raw[..., :2])
-        omega = self._to_drift(raw[..., self.channels - 2 : self.channels], metric, self.eps_omega)
-        if not self._bounded:
-            # The ε inside the paper's norm underestimates it for small metrics, and the law ‖ω‖ < 1 comes first.
-            omega = omega * ((1 - 0.5 * self.eps_omega) / drift_norm(omega, metric)).clamp(max=1)[..., None]
-        return metric, omega
+            x, y = torch.zeros_like(root.a), torch.zeros_like(root.a)
+        else:
+            x, y = self._to_drift(raw[..., self.channels - 2 :], root, self.eps_omega)
+        return Metric(root.a, root.b, root.d, x, y)
 
-    def ball(self, raw: Tensor) -> Tensor:
-        """y_j = r_j·û_j / F(û_j)."""
-        metric, omega = self._randers(raw)
-        value = randers(self.directions, metric, omega, self.eps_omega, self._bounded)
-        if not self._bounded:
-            value = value + self._eps
-        stretch = value.reciprocal()[:, :, :, None]
-        # [2, B, H_out, W_out, R, D]: a plane for x and one for y, a trailing dimension of 2 would be slow
-        planes = torch.stack((stretch * self.points[..., 0], stretch * self.points[..., 1]))
-        return planes.flatten(4).permute(1, 4, 0, 2, 3)
-
-    @torch.jit.unused
-    def _convolve(self, x: Tensor, raw: Tensor, mask: Optional[Tensor]) -> Tensor:
-        # a subclass may have a ball of its own, which is then what counts
-        if type(self).ball is not MetricConv2d.ball or not fuses_metric(x, self.weight, self.backend):
-            return super()._convolve(x, raw, mask)
-        (a, b, d, _), omega = self._randers(raw)
-        fields = torch.stack((a, b, d, omega[..., 0], omega[..., 1]), -1).permute(0, 3, 1, 2)
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        points = self.points.flatten(0, 1)
-        arguments = x, fields, points, self.weight, self.bias, mask, *geometry, self.eps_omega, self._eps
-        return metric_conv2d(*arguments, self.backend)
+    def samples(self, raw: Tensor) -> Union[Tensor, Samples]:
+        """The unit tangent balls y_j = r_j·û_j / F(û_j)."""
+        metric = self._metric(raw)
+        fields = torch.stack((metric.a, metric.b, metric.d, metric.x, metric.y), -1)
+        return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points, self.eps)
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -178,11 +148,35 @@ class MetricConv2d(BallConv2d):
 
         Returns:
             M `[B, 2, 2, H_out, W_out]`, symmetric positive definite, and ω `[B, 2, H_out, W_out]`, as (x, y), in units
-            of one over pixels.
+            of one over pixels. With `metric_groups` above 1 the groups are a dimension after B.
         """
-        (a, b, d, _), omega = self._randers(self.predict(x))
-        return torch.stack((torch.stack((a, b), 1), torch.stack((b, d), 1)), 1), omega.permute(0, 3, 1, 2)
+        m, omega = self._metric(self.predict(x)).tensors()
+        m, omega = m.permute(0, 3, 4, 5, 1, 2), omega.permute(0, 3, 4, 1, 2)
+        return (m[:, 0], omega[:, 0]) if self.metric_groups == 1 else (m, omega)
 
     def extra_repr(self) -> str:
         own = f"parametrization={self.parametrization!r}, drift={self.drift!r}, pattern={self.pattern!r}"
         return f"{super().extra_repr()}, {own}, eps_omega={self.eps_omega}"
+
+
+@torch.no_grad()
+def init_predictor(
+    predictor: nn.Conv2d, row: Parametrization, init: str, scale: Tuple[float, float], groups: int = 1
+) -> None:
+    """Initialises a predictor of `groups` metrics, and of masks after them; see `MetricConv2d.reset_predictor`."""
+    weight, bias = predictor.weight, predictor.bias
+    assert bias is not None, "predictors have one"
+    nn.init.zeros_(bias)
+    if init == "identity":
+        nn.init.zeros_(weight)
+        values = torch.tensor(row.identity(scale), dtype=torch.float64, device="cpu")
+        bias[: groups * row.channels].view(groups, row.channels)[:, : row.channels - 2] = values.to(bias)
+        return
+    predictor.reset_parameters()
+    nn.init.zeros_(bias)
+    for number, channel in enumerate(weight):
+        kind = number % row.channels if number < groups * row.channels else -1
+        if kind in row.uniform_rows:
+            channel.fill_(1 / channel.numel())
+        elif kind not in row.default_rows:
+            channel.fill_(1e-6)

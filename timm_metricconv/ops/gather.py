@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..geometry.metrics import FLOOR, TINY
 from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import first_centre
 
@@ -34,10 +35,10 @@ class _Positions:
     """Offsets of the samples from their centres as they come."""
 
     def __init__(self, positions: Tensor):
-        self.values = positions.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [L, W_out, K, 2]
+        self.values = positions.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [L, W_out, G·K, 2]
 
     def offsets(self, lines: slice) -> Tuple[Tensor, Tensor]:
-        """(x, y) of the samples of some output lines, `[lines, W_out, K]` each."""
+        """(x, y) of the samples of some output lines, `[lines, W_out, G·K]` each."""
         return self.values[lines, ..., 0], self.values[lines, ..., 1]
 
     def gradient(self, lines: slice, grad_x: Tensor, grad_y: Tensor) -> Tensor:
@@ -46,71 +47,79 @@ class _Positions:
 
 
 class _Metrics:
-    """Offsets y_j = p_j / (F(û_j) + ε), F(û) = sqrt(ûᵀMû) + ωᵀû, from fields (a, b, d, ω_x, ω_y) of metrics."""
+    """Offsets y_j = p_j / (F(û_j) + ε) from the fields of metrics, see `Samples` and `geometry.randers`."""
 
-    def __init__(self, fields: Tensor, points: Tensor, eps_omega: float, eps: float):
-        self.values = fields.permute(0, 2, 3, 1).flatten(0, 1)  # [L, W_out, 5]
+    def __init__(self, fields: Tensor, points: Tensor, eps: float):
+        self.values = fields.permute(0, 2, 3, 1).flatten(0, 1)  # [L, W_out, G·5]
         radii = torch.linalg.vector_norm(points, dim=1, keepdim=True)
         # any direction serves for a point at the origin
-        directions = torch.where(radii > 0, points / radii, points.new_tensor([1.0, 0.0]))
-        x, y = self.directions = directions.t()
-        self.products = torch.stack((x * x, 2 * x * y, y * y))
-        self.points, self.eps_omega, self.eps = points.t().contiguous(), eps_omega, eps
+        self.directions = torch.where(radii > 0, points / radii, points.new_tensor([1.0, 0.0])).t().contiguous()
+        self.points, self.eps = points.t().contiguous(), eps
 
-    def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor]:
-        """sqrt(ûᵀMû) and F(û), `[lines·W_out, K]`; the two bounds are idle, as in `geometry.randers`."""
-        riemannian = torch.mm(fields[:, :3], self.products).clamp_(min=1e-30).sqrt_()
-        if self.eps_omega == 1.0:
-            return riemannian, riemannian
-        finsler = torch.addmm(riemannian, fields[:, 3:], self.directions)
-        return riemannian, torch.maximum(finsler, riemannian * (0.5 * self.eps_omega))
+    def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each."""
+        zx, zy = torch.mm(fields[:, 0:2], self.directions), torch.mm(fields[:, 1:3], self.directions)
+        size = (zx * zx).addcmul_(zy, zy).add_(TINY).sqrt_()
+        finsler = torch.addcmul(size, fields[:, 3:4], zx).addcmul_(fields[:, 4:5], zy)
+        return zx, zy, size, torch.maximum(finsler, FLOOR * size)
 
     def offsets(self, lines: slice) -> Tuple[Tensor, Tensor]:
         """As `_Positions.offsets`."""
         fields = self.values[lines]
-        stretch = (self._finsler(fields.flatten(0, 1))[1] + self.eps).reciprocal_().view(*fields.shape[:2], -1)
-        return stretch * self.points[0], stretch * self.points[1]
+        stretch = (self._finsler(fields.reshape(-1, 5))[3] + self.eps).reciprocal_()
+        shape = *fields.shape[:2], -1
+        return (stretch * self.points[0]).view(shape), (stretch * self.points[1]).view(shape)
 
     def gradient(self, lines: slice, grad_x: Tensor, grad_y: Tensor) -> Tensor:
         """As `_Positions.gradient`."""
-        fields = self.values[lines]
-        riemannian, finsler = self._finsler(fields.flatten(0, 1))
+        fields = self.values[lines].reshape(-1, 5)
+        zx, zy, size, finsler = self._finsler(fields)
         grad_finsler = grad_x.view_as(finsler) * self.points[0]
         grad_finsler.addcmul_(grad_y.view_as(finsler), self.points[1]).div_((finsler + self.eps).square_().neg_())
-        grad_riemannian, grad_drift = grad_finsler, grad_finsler
-        if self.eps_omega == 1.0:
-            grad_drift = torch.zeros_like(grad_finsler)
-        elif (at_bound := finsler <= riemannian * (0.5 * self.eps_omega)).any():
-            grad_riemannian = torch.where(at_bound, grad_finsler * (0.5 * self.eps_omega), grad_finsler)
-            grad_drift = grad_finsler.masked_fill(at_bound, 0)
-        grad_metric = _matmul(grad_riemannian / riemannian, 0.5 * self.products)
-        return torch.cat((grad_metric, _matmul(grad_drift, self.directions)), 1).view_as(fields)
+        at_floor = finsler <= FLOOR * size
+        grad_size, grad_lean = torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size, grad_finsler
+        if at_floor.any():
+            grad_lean = grad_finsler.masked_fill(at_floor, 0)
+        to_a, to_b = _matmul((grad_size * zx).addcmul_(grad_lean, fields[:, 3:4]), self.directions).unbind(1)
+        to_b2, to_d = _matmul((grad_size * zy).addcmul_(grad_lean, fields[:, 4:5]), self.directions).unbind(1)
+        drift = (grad_lean * zx).sum(1), (grad_lean * zy).sum(1)
+        return torch.stack((to_a, to_b + to_b2, to_d, *drift), 1).view(self.values[lines].shape)
 
 
 class _Lattice(NamedTuple):
-    """Where the samples of all output lines read: L = B·H_out lines of W_out pixels of K samples."""
+    """Where the samples of all output lines read: L = B·H_out lines of W_out pixels of G·K samples."""
 
-    table: Tensor  # [B·height·width, C], the channels-last image
+    table: Tensor  # [B·height·width·G, C/G], the channels-last image: a row is one pixel of one metric group
     size: Tuple[int, int]  # (height, width), two at least
+    runs: int  # G
     source: Union[_Positions, _Metrics]
     rows: Tensor  # [L, 1, 1] the lines' centre in the image
     columns: Tensor  # [W_out, 1] the pixels' centre in the image
     first: Tensor  # [L, 1] int32, the row of the table where the line's image begins
 
+    @property
+    def shifts(self) -> Tuple[int, int, int, int]:
+        """Rows of the table from a sample's near corner to (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)."""
+        down = self.size[1] * self.runs
+        return 0, self.runs, down, down + self.runs
+
 
 def _lattice(arguments: Arguments) -> _Lattice:
-    x, source, weight, _, stride, padding, dilation, _, points, eps_omega, eps = arguments
+    x, source, weight, _, stride, padding, dilation, _, points, eps = arguments
     x = with_far_corners(x)
     batch, channels, height, width = x.shape
     out_height, out_width = source.shape[-2:]
+    runs = arguments.runs
     top, left = first_centre(weight, padding, dilation)
     rows = torch.arange(out_height, dtype=source.dtype).mul_(stride[0]).add_(top)
     columns = torch.arange(out_width, dtype=source.dtype).mul_(stride[1]).add_(left)
-    first = torch.arange(batch, dtype=torch.int32).mul_(height * width)[:, None].expand(batch, out_height)
+    first = torch.arange(batch, dtype=torch.int32).mul_(height * width * runs)[:, None].expand(batch, out_height)
     return _Lattice(
-        x.detach().permute(0, 2, 3, 1).reshape(-1, channels),  # detached, or embedding_bag prepares for a backward
+        # detached, or embedding_bag prepares for a backward
+        x.detach().permute(0, 2, 3, 1).reshape(-1, channels // runs),
         (height, width),
-        _Positions(source) if points is None else _Metrics(source, points, eps_omega, eps),
+        runs,
+        _Positions(source) if points is None else _Metrics(source, points, eps),
         rows.repeat(batch)[:, None, None],
         columns[:, None],
         first.reshape(-1, 1),
@@ -156,13 +165,16 @@ def _plan(lattice: _Lattice, lines: slice, mask: Optional[Tensor]) -> _Plan:
     column, x = _axis((x_offsets + lattice.columns).reshape(-1), width)
     row, y = _axis((y_offsets + lattice.rows[lines]).reshape(-1), height)
     first = lattice.first[lines]
-    base = column.add_(row, alpha=width).view(len(first), -1).add_(first).view(-1)
+    base = column.add_(row, alpha=width)
+    if lattice.runs > 1:
+        run = torch.arange(lattice.runs, dtype=base.dtype)[:, None]
+        base = base.mul_(lattice.runs).view(-1, lattice.runs, x_offsets.shape[-1] // lattice.runs).add_(run)
+    base = base.view(len(first), -1).add_(first).view(-1)
     # strided stores: a trailing dimension of 2 or 4 would cost a loop call for each sample
     shares = x.distance.new_empty(len(base), 4)
     corners = base.new_empty(len(base), 4)
-    for corner, (vertical, horizontal, shift) in enumerate(
-        ((y.near, x.near, 0), (y.near, x.far, 1), (y.far, x.near, width), (y.far, x.far, width + 1))
-    ):
+    for corner, shift in enumerate(lattice.shifts):
+        vertical, horizontal = (y.near, y.far)[corner // 2], (x.near, x.far)[corner % 2]
         torch.mul(vertical, horizontal, out=shares[:, corner])
         torch.add(base, shift, out=corners[:, corner])
     weights = shares
@@ -190,19 +202,25 @@ def _slab_pixels(arguments: Arguments) -> int:
 
 
 def _columns(table: Tensor, corners: Tensor, weights: Tensor, taps: int) -> Tensor:
-    """`[n, K·C]` columns of n output pixels from their samples' corners and weights `[n·K, 4]`, channels fast."""
+    """`[n, K·C]` columns of n output pixels from the corners and weights `[M, 4]` of their `taps` samples each."""
     return F.embedding_bag(corners, table, per_sample_weights=weights, mode="sum").view(len(corners) // taps, -1)
 
 
 def _kernel(arguments: Arguments) -> Tensor:
-    """`[groups, C_out/groups, K, C_in/groups]`: taps slow and channels fast, as in the columns."""
-    return arguments.weight.flatten(2).transpose(1, 2).unflatten(0, (arguments.groups, -1)).contiguous()
+    """`[groups/r, r, C_out/groups, q, K, c]`: taps slow and channels fast, as in the columns.
+
+    r kernel groups share a metric group, or q metric groups lie in a kernel group; c channels are in both.
+    """
+    weight, groups, runs = arguments.weight.flatten(2), arguments.groups, arguments.runs
+    weight = weight.unflatten(1, (max(1, runs // groups), -1)).transpose(2, 3)
+    return weight.unflatten(0, (min(groups, runs), max(1, groups // runs), -1)).contiguous()
 
 
 def _grouped(columns: Tensor, kernel: Tensor) -> Tensor:
-    """`[n, K·C]` → `[groups, n, K·C/groups]`."""
-    groups, _, taps, _ = kernel.shape
-    return columns.view(len(columns), taps, groups, -1).permute(2, 0, 1, 3).flatten(2)
+    """`[n, G·K·C/G]` → `[groups, n, K·C/groups]`."""
+    outer, shared, _, *taps, channels = kernel.shape
+    columns = columns.view(len(columns), outer, *taps, shared, channels)
+    return columns.permute(1, 4, 0, 2, 3, 5).flatten(3).flatten(0, 1)
 
 
 def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -214,16 +232,17 @@ def _matmul(columns: Tensor, kernel: Tensor, bias: Optional[Tensor] = None) -> T
 
 def _product(columns: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Columns → output `[n, C_out]`."""
-    if len(kernel) == 1:
-        return _matmul(columns, kernel[0].flatten(1), bias)
-    product = torch.bmm(_grouped(columns, kernel), kernel.flatten(2).transpose(1, 2)).transpose(0, 1).flatten(1)
+    matrices = kernel.flatten(3).flatten(0, 1)
+    if len(matrices) == 1:
+        return _matmul(columns, matrices[0], bias)
+    product = torch.bmm(_grouped(columns, kernel), matrices.transpose(1, 2)).transpose(0, 1).flatten(1)
     return product if bias is None else product + bias
 
 
 def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
     x, source, weight, mask = arguments[:4]
     lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
-    (batch, *_, out_height, out_width), taps = source.shape, weight[0, 0].numel()
+    (batch, *_, out_height, out_width), taps = source.shape, arguments.runs * weight[0, 0].numel()
     out = x.new_empty(batch * out_height * out_width, weight.shape[0])
     for lines in _pieces(batch * out_height, PLAN_SAMPLES // (out_width * taps)):
         corners, weights = _plan(lattice, lines, mask)[:2]
@@ -244,8 +263,8 @@ def _gradients(
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
     x, source, weight, mask = arguments[:4]
     lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
-    (batch, *_, out_height, out_width), taps = source.shape, weight[0, 0].numel()
-    image_pixels, image_rows = out_height * out_width, lattice.size[0] * lattice.size[1]
+    (batch, *_, out_height, out_width), taps = source.shape, arguments.runs * weight[0, 0].numel()
+    image_pixels, image_rows = out_height * out_width, lattice.size[0] * lattice.shifts[2]
     grad = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
     table = lattice.table.to(wide) if need_source else lattice.table
@@ -270,7 +289,7 @@ def _gradients(
             if readers is not None:
                 images = (first_image + pixels.start // image_pixels, first_image + pixels.stop // image_pixels)
                 rows = slice(images[0] * image_rows, images[1] * image_rows)
-                grad_table[rows] = _transposed_gather(grad_samples, readers, samples, rows, lattice.size[1])
+                grad_table[rows] = _transposed_gather(grad_samples, readers, samples, rows, lattice.shifts)
             if need_source:
                 grad_shares[samples] = _corner_products(grad_samples.to(wide), table, plan.corners[samples])
             del grad_samples
@@ -291,20 +310,21 @@ def _gradients(
             grad_mask = grad_mask.view(batch, out_height, out_width, taps).permute(0, 3, 1, 2)
     if grad_kernel is None:
         return grad_table, grad_source, x.new_empty(0), grad_mask
-    grad_weight = grad_kernel.flatten(0, 1).transpose(1, 2).to(weight.dtype).reshape(weight.shape)
+    grad_weight = grad_kernel.flatten(0, 2).transpose(2, 3).to(weight.dtype).reshape(weight.shape)
     return grad_table, grad_source, grad_weight.contiguous(memory_format=kernel_format(weight)), grad_mask
 
 
 def _kernel_gradient(table: Tensor, plan: _Plan, upstream: Tensor, kernel: Tensor, slab: int) -> Tensor:
     """The kernel's gradient from the plan's pixels, whose gradients `[n, C_out]` are given; in float32 at least."""
-    taps, total = kernel.shape[2], None
+    taps, total = len(plan.corners) // len(upstream), None
     for pixels in _pieces(len(upstream), slab):
         samples = slice(pixels.start * taps, pixels.stop * taps)
         columns = _columns(table, plan.corners[samples], plan.weights[samples], taps)
-        if len(kernel) == 1:
+        groups = kernel.shape[0] * kernel.shape[1]
+        if groups == 1:
             part = _matmul(upstream[pixels].t(), columns.t()).view_as(kernel)
         else:
-            grouped = upstream[pixels].unflatten(1, kernel.shape[:2]).permute(1, 2, 0)
+            grouped = upstream[pixels].unflatten(1, (groups, -1)).permute(1, 2, 0)
             part = torch.bmm(grouped, _grouped(columns, kernel)).view_as(kernel)
         total = part.to(torch.promote_types(part.dtype, torch.float32)) if total is None else total.add_(part)
         del columns, part
@@ -313,12 +333,14 @@ def _kernel_gradient(table: Tensor, plan: _Plan, upstream: Tensor, kernel: Tenso
 
 
 def _sample_gradient(upstream: Tensor, kernel: Tensor) -> Tensor:
-    """Gradient of n pixels `[n, C_out]` → of their samples, `[n·K, C]`."""
-    groups, _, taps, group_channels = kernel.shape
-    if groups == 1:
-        return _matmul(upstream, kernel[0].flatten(1).t()).view(-1, group_channels)
-    grouped = torch.bmm(upstream.unflatten(1, kernel.shape[:2]).transpose(0, 1), kernel.flatten(2))
-    return grouped.unflatten(2, (taps, -1)).permute(1, 2, 0, 3).reshape(-1, groups * group_channels)
+    """Gradient of n pixels `[n, C_out]` → of their samples, `[n·G·K, C/G]`."""
+    outer, shared, _, *taps, channels = kernel.shape
+    matrices = kernel.flatten(3).flatten(0, 1)
+    if len(matrices) == 1:
+        return _matmul(upstream, matrices[0].t()).view(-1, channels)
+    grouped = torch.bmm(upstream.unflatten(1, (len(matrices), -1)).transpose(0, 1), matrices)
+    grouped = grouped.view(outer, shared, len(upstream), *taps, channels)
+    return grouped.permute(2, 0, 3, 4, 1, 5).reshape(-1, shared * channels)
 
 
 class _Readers(NamedTuple):
@@ -334,7 +356,7 @@ def _readers(plan: _Plan) -> _Readers:
     return _Readers(rows, samples.to(torch.int32), plan.weights.index_select(0, samples))
 
 
-def _transposed_gather(grad_samples: Tensor, readers: _Readers, samples: slice, rows: slice, width: int) -> Tensor:
+def _transposed_gather(grad_samples: Tensor, readers: _Readers, samples: slice, rows: slice, shifts: Tuple) -> Tensor:
     """The gradient of some images' `rows` of the table, `[n, C]`, from that of all `samples` that read them."""
     numbers = torch.arange(rows.start, rows.stop, dtype=readers.rows.dtype)
     bags = torch.searchsorted(readers.rows[samples], numbers, out_int32=True)
@@ -344,7 +366,7 @@ def _transposed_gather(grad_samples: Tensor, readers: _Readers, samples: slice, 
         for weights in readers.weights[samples].unbind(1)
     )
     out = next(by_corner)
-    for shift, read in zip((1, width, width + 1), by_corner, strict=True):
+    for shift, read in zip(shifts[1:], by_corner, strict=True):
         out[shift:] += read[: len(out) - shift]
     return out
 
@@ -388,5 +410,5 @@ def _through_hats(near: Tensor, far: Tensor, distance: Tensor) -> Tensor:
     return (far - near).mul_(pixel == 0).addcmul_(near, pixel == -1).addcmul_(far, pixel == 1, value=-1)
 
 
-# `ball_conv2d_reference`, fast on CPUs; and straight from a field of metrics
+# `ball_conv2d_reference`, fast on CPUs and straight from the metrics
 gather_conv2d = define("gather_conv2d", _forward, _gradients, device_types="cpu")

@@ -4,18 +4,19 @@ With one channel there are no neighbours in memory for a channels-last gather to
 cores a sample and its gradient cost some 40 ns here and 1000 ns in `gather`. It keeps all samples in memory.
 """
 
-from typing import List, Optional
+from typing import List, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import sampling_points
+from .samples import Samples, metric_groups, place
 
 
 def grid_sample_conv2d(
     x: Tensor,
-    positions: Tensor,
+    samples: Union[Tensor, Samples],
     weight: Tensor,
     bias: Optional[Tensor],
     mask: Optional[Tensor],
@@ -25,20 +26,24 @@ def grid_sample_conv2d(
     groups: int,
 ) -> Tensor:
     """`ball_conv2d_reference`, fast for few channels."""
-    points = sampling_points(positions, weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
+    taps = weight.flatten(2).unflatten(0, (groups, -1))
+    runs = metric_groups(samples, taps.shape[-1])
+    points = sampling_points(place(samples), weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
     # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel
     # must stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
     size = 1 << (max(x.shape[2], x.shape[3]) - 1).bit_length()
     image = F.pad(x.to(points.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
+    image = image.unflatten(1, (runs, x.shape[1] // runs))
     grid = points * (2 / size) + (1 / size - 1)
-    taps = weight.flatten(2).unflatten(0, (groups, -1)).to(points.dtype)
     # Each tap is an image of the batch for grid_sample, whose threads share out the batch; a view where x is one image.
-    image = image[:, None].expand(-1, grid.shape[1], -1, -1, -1).flatten(0, 1)
-    samples = F.grid_sample(image, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
-    samples = samples.view(*grid.shape[:2], groups, x.shape[1] // groups, *grid.shape[2:4])
+    image = image[:, :, None].expand(-1, -1, taps.shape[-1], -1, -1, -1).flatten(0, 2)
+    read = F.grid_sample(image, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
+    read = read.view(len(x), runs, taps.shape[-1], x.shape[1] // runs, *grid.shape[2:4])
     if mask is not None:
-        samples = samples * mask[:, :, None, None]
-    out = torch.einsum("bkgchw,gock->bgohw", samples, taps).flatten(1, 2)
+        read = read * mask.unflatten(1, (runs, -1))[:, :, :, None]
+    read = read.transpose(1, 2).flatten(2, 3)
+    read = read.unflatten(2, (groups, x.shape[1] // groups))
+    out = torch.einsum("bkgchw,gock->bgohw", read, taps.to(read.dtype)).flatten(1, 2)
     if bias is not None:
         out = out + bias.to(out.dtype)[:, None, None]
     return out.to(x.dtype)

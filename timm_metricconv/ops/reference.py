@@ -4,10 +4,12 @@ It runs on any device, in any dtype, under TorchScript, `torch.export` and the O
 tensor code. It keeps all columns in memory.
 """
 
-from typing import List, Optional, Tuple
+from typing import List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from .samples import Samples, place
 
 
 def first_centre(weight: Tensor, padding: List[int], dilation: List[int]) -> Tuple[float, float]:
@@ -19,10 +21,10 @@ def first_centre(weight: Tensor, padding: List[int], dilation: List[int]) -> Tup
 def sampling_points(
     positions: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
 ) -> Tensor:
-    """Positions relative to kernel centres → coordinates in the image, `[B, H_out, W_out, K, 2]` as (x, y).
+    """Positions relative to kernel centres → coordinates in the image, `[B, H_out, W_out, G·K, 2]` as (x, y).
 
     Args:
-        positions: `[B, K, 2, H_out, W_out]`.
+        positions: `[B, G·K, 2, H_out, W_out]`.
         weight: The kernel.
         stride: (vertical, horizontal), as the next two.
         padding: Zeros around the image.
@@ -38,7 +40,7 @@ def sampling_points(
 
 def ball_conv2d_reference(
     x: Tensor,
-    positions: Tensor,
+    samples: Union[Tensor, Samples],
     weight: Tensor,
     bias: Optional[Tensor],
     mask: Optional[Tensor],
@@ -49,13 +51,17 @@ def ball_conv2d_reference(
 ) -> Tensor:
     """out = bias + Σ_j W_j · m_j · f(centre + y_j). Arguments and shapes are `ball_conv2d`'s, pairs are written out."""
     batch, channels, height, width = x.shape
-    points = sampling_points(positions, weight, stride, padding, dilation)
+    points = sampling_points(place(samples), weight, stride, padding, dilation)
+    taps = weight.flatten(2).shape[2]
     corner = points.floor()
     fraction = points - corner
-    table = x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(positions.dtype)
+    # a row of the table is one pixel of one metric group
+    runs = points.shape[3] // taps
+    table = x.permute(0, 2, 3, 1).reshape(batch * height * width * runs, channels // runs).to(points.dtype)
     image = (torch.arange(batch, device=x.device) * (height * width)).view(batch, 1, 1, 1)
+    run = torch.arange(runs, device=x.device).repeat_interleave(taps)
 
-    columns = torch.zeros(points.shape[:4] + (channels,), dtype=positions.dtype, device=x.device)
+    columns = torch.zeros(points.shape[:4] + (channels // runs,), dtype=points.dtype, device=x.device)
     for down in range(2):
         for right in range(2):
             column, row = corner[..., 0] + right, corner[..., 1] + down
@@ -65,11 +71,12 @@ def ball_conv2d_reference(
             )
             # NaN and huge positions must not become wild indices: integers are clamped last
             column, row = column.to(torch.int64).clamp(0, width - 1), row.to(torch.int64).clamp(0, height - 1)
-            values = table[image + row * width + column]
+            values = table[(image + row * width + column) * runs + run]
             columns = columns + values * torch.where(inside, share, torch.zeros_like(share))[..., None]
     if mask is not None:
         columns = columns * mask.permute(0, 2, 3, 1)[..., None].to(columns.dtype)
 
+    columns = columns.unflatten(3, (runs, taps)).transpose(3, 4).flatten(4)
     columns = columns.unflatten(-1, (groups, channels // groups))
     kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
     out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)

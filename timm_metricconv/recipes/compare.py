@@ -3,44 +3,44 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional
 
-import timm
 import torch
-import yaml
 from timm.models import list_models
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
-from .config import ConfigError, build, option, plain
+from .config import ConfigError, build, option
 from .data import class_count, image_size, make_datasets
-from .report import console, print_table, save_figure, write_atomic, write_summary
-from .train import TrainConfig, _read_curves, parameter_counts, train
+from .launch import run_all
+from .network import create_model, parameter_counts
+from .report import console, print_table, save_figure, write_summary
+from .run import RunConfig, read_curves, write_config
+from .train import TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
 _COLOURS = {"standard": "#555555", "shifted": "#E69F00", "deform": "#56B4E9", "metric": "#D55E00"}
 
+# What the runs of a cell start from: the standard network's weights everywhere; everywhere but in the kernels that are
+# adaptive in the other networks, which start uniform (the paper's own transfer); or none.
+Init = Literal["transfer", "uniform", "scratch"]
+_INITS = {"transfer": "warm start", "uniform": "warm start, uniform kernels", "scratch": "from scratch"}
+
 
 @dataclass
-class CompareConfig:
+class CompareConfig(RunConfig):
     """A comparison."""
 
     name: str = option("compare", "name of the comparison")
-    output: Optional[str] = option(None, "folder; by default runs/<name>")
     model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
     model_args: Dict[str, Any] = option({}, "arguments of all four networks: stem, layout, stages, conv_cfg")
     conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric (active, affine)")
-    init: List[Literal["transfer", "scratch"]] = option(["transfer", "scratch"], "transfer (TL), scratch (SC)")
+    init: List[Init] = option(["transfer", "scratch"], "transfer (TL), uniform (the paper's TL), scratch (SC)")
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
     seeds: List[int] = option([0, 1], "one run for each")
-    source: Dict[str, Any] = option({}, "training of the standard network that transfer starts from; empty: the Hub's")
+    source: Dict[str, Any] = option({}, "training of the standard network that warm starts load; empty: the Hub's")
     train: Dict[str, Any] = option({}, "training, the same for every run (see scripts/train.py --help)")
-
-    @property
-    def folder(self) -> Path:
-        """Where the comparison writes."""
-        return Path(self.output or f"runs/{self.name}")
 
 
 class Cell(NamedTuple):
@@ -72,21 +72,10 @@ def _network(config: CompareConfig, conv: str) -> Dict[str, Any]:
     return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv": conv}}
 
 
-def _freeze(config: CompareConfig, cell: Cell) -> Optional[Callable[[nn.Module], None]]:
-    """FKW: no gradient for the kernels that are adaptive in the other networks; from scratch they are uniform."""
-    if cell.kernel == "learnable":
-        return None
-    twin = timm.create_model(f"{config.model}_metric", **config.model_args)
-    names = [name for name, module in twin.named_modules() if isinstance(module, BallConv2d)]
-
-    def freeze(model: nn.Module) -> None:
-        for name in names:
-            weight = model.get_submodule(name).weight
-            if cell.init == "scratch":
-                nn.init.constant_(weight, 1 / weight[0].numel())
-            weight.requires_grad_(False)
-
-    return freeze
+def _kernels(config: CompareConfig) -> List[str]:
+    """Names of the layers that are adaptive in all networks but the standard one."""
+    twin = create_model(f"{config.model}_metric", config.model_args)
+    return [name for name, module in twin.named_modules() if isinstance(module, BallConv2d)]
 
 
 def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
@@ -94,12 +83,12 @@ def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
 
 
 def _source_checkpoint(config: CompareConfig) -> Optional[str]:
-    """Trains the standard network on the source task, once; the file that every transfer run starts from."""
-    if not config.source or "transfer" not in config.init:
+    """Trains the standard network on the source task, once; the file that every warm start loads."""
+    if not config.source or config.init == ["scratch"]:
         return None
     folder = config.folder / "source"
     values = {**config.source, **_network(config, "standard"), "name": "source", "output": str(folder)}
-    summary = train(_train_config(config, **values), quiet=True)
+    (summary,) = run_all([_train_config(config, **values)])
     console.print(f"source task {summary['data']}: the standard network reaches {summary['top1']:.2f} % top-1")
     return str(folder / "model" / "model.safetensors")
 
@@ -113,10 +102,9 @@ def count_macs(model: nn.Module, size: int) -> float:
 
 
 def _cost(config: CompareConfig, conv: str) -> Dict[str, Any]:
-    training = _train_config(config)
+    training = _train_config(config, **_network(config, conv))
     classes = class_count(training, make_datasets(training)[0])
-    network = _network(config, conv)
-    model = timm.create_model(network["model"], num_classes=classes, **network["model_args"])
+    model = create_model(training.model, training.model_args, num_classes=classes)
     return {**parameter_counts(model), "gmacs": count_macs(model, image_size(training, model.pretrained_cfg))}
 
 
@@ -156,11 +144,10 @@ def plot_curves(config: CompareConfig):
 
     figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")
     panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
-    titles = {"transfer": "warm start", "scratch": "from scratch", "learnable": "learnable", "fixed": "fixed"}
     for cell in _cells(config):
         axes = panels[config.init.index(cell.init)][config.kernel.index(cell.kernel)]
-        axes.set_title(f"{titles[cell.init]}, {titles[cell.kernel]} kernels")
-        curves = [_read_curves(_run_folder(config, cell, seed) / "curves.csv", 10**9) for seed in config.seeds]
+        axes.set_title(f"{_INITS[cell.init]}, {cell.kernel} kernels")
+        curves = [read_curves(_run_folder(config, cell, seed)) for seed in config.seeds]
         epochs = [row["epoch"] for row in curves[0]]
         values = [[curve[i]["top1"] for curve in curves] for i in range(len(epochs))]
         colour = _COLOURS.get(cell.conv)
@@ -177,6 +164,39 @@ def plot_curves(config: CompareConfig):
     return figure
 
 
+def _run(config: CompareConfig, cell: Cell, seed: int, checkpoint: Optional[str], kernels: List[str]) -> TrainConfig:
+    """One training. FKW from scratch has uniform kernels in all networks alike."""
+    warm = cell.init != "scratch"
+    uniform = cell.init == "uniform" or (cell.init == "scratch" and cell.kernel == "fixed")
+    return _train_config(
+        config,
+        **_network(config, cell.conv),
+        name=cell.label,
+        output=str(_run_folder(config, cell, seed)),
+        seed=seed,
+        pretrained=warm and checkpoint is None,
+        checkpoint=checkpoint if warm else None,
+        kernel_start="uniform" if uniform else "model",
+        fixed_kernel=cell.kernel == "fixed",
+        kernels=kernels,
+    )
+
+
+def _check(config: CompareConfig) -> None:
+    """Refuses what cannot be run before anything runs."""
+    unknown = [conv for conv in config.conv if conv not in (*CONVS, "active", "affine")]
+    if unknown:
+        raise ConfigError(f"conv: expected some of {', '.join(CONVS)}, active, affine; got {unknown}.")
+    if f"{config.model}_metric" not in list_models("*_metric"):
+        known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
+        raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")
+    for key in ("conv", "init", "kernel", "seeds"):
+        if not getattr(config, key):
+            raise ConfigError(f"{key}: the list is empty, there is nothing to compare.")
+    _train_config(config)
+    build(TrainConfig, config.source, where="source")
+
+
 def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     """Runs every cell of {conv} × {init} × {kernel} with every seed, skipping what is complete, and reports.
 
@@ -189,36 +209,17 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     Raises:
         ConfigError: The configuration cannot be used.
     """
-    unknown = [conv for conv in config.conv if conv not in (*CONVS, "active", "affine")]
-    if unknown:
-        raise ConfigError(f"conv: expected some of {', '.join(CONVS)}, active, affine; got {unknown}.")
-    if f"{config.model}_metric" not in list_models("*_metric"):
-        known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
-        raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")
-    write_atomic(config.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+    _check(config)
+    write_config(config)
+    costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
     checkpoint = _source_checkpoint(config)
-    cells = list(_cells(config))
-    total, done, records = len(cells) * len(config.seeds), 0, []
-    costs = {conv: _cost(config, conv) for conv in config.conv}
-    for cell in cells:
-        runs = []
-        for seed in config.seeds:
-            transfer = cell.init == "transfer"
-            run = _train_config(
-                config,
-                **_network(config, cell.conv),
-                name=cell.label,
-                output=str(_run_folder(config, cell, seed)),
-                seed=seed,
-                pretrained=transfer and checkpoint is None,
-                checkpoint=checkpoint if transfer else None,
-                fixed_kernel=cell.kernel == "fixed",
-            )
-            with console.status(f"run {done + 1} of {total}: {cell.label}, seed {seed}"):
-                runs.append(train(run, quiet=True, prepare=_freeze(config, cell)))
-            done += 1
-            console.print(f"[{done:>3}/{total}] {cell.label:<28} seed {seed}: top-1 {runs[-1]['top1']:6.2f} %")
-        records.append(_record(cell, config, runs, costs[cell.conv]))
+    cells = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
+    results: Dict[Cell, List[Dict[str, Any]]] = {cell: [] for cell, _ in cells}
+    runs = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in cells]
+    for number, ((cell, seed), result) in enumerate(zip(cells, run_all(runs), strict=True), 1):
+        results[cell].append(result)
+        console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: top-1 {result['top1']:6.2f} %")
+    records = [_record(cell, config, done, costs[cell.conv]) for cell, done in results.items()]
     rows = [_row(record) for record in records]
     write_summary(config.folder, records, f"{config.name}: top-1 of {config.model}", rows)
     save_figure(plot_curves(config), config.folder / "curves.png")

@@ -1,26 +1,14 @@
-"""A recipe's configuration: a dataclass, read from a YAML file and the command line; a misspelt key is refused."""
+"""A recipe's configuration: a dataclass, read from a YAML file and the command line; pydantic checks the types."""
 
 import dataclasses
 import difflib
+import re
 import sys
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    List,
-    Literal,
-    Optional,
-    Sequence,
-    Type,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, Dict, List, Optional, Sequence, Type, TypeVar, Union, get_origin, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 C = TypeVar("C")
 
@@ -40,61 +28,32 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def _refuse_unknown(key: str, known: Sequence[str], where: str) -> None:
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
-        raise ConfigError(f"{where}: unknown key {key!r}.{hint}")
-
-
-def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a field of type `kind`; YAML reads 1e-4 as a string, so numbers are tried."""
-    origin = get_origin(kind)
-    if kind is Any:
-        return value
-    if origin is Union:
-        if value is None and type(None) in get_args(kind):
-            return None
-        return _coerce(key, value, next(k for k in get_args(kind) if k is not type(None)))
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{key}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
-        return value
-    if origin in (list, List):
-        if not isinstance(value, (list, tuple)):
-            value = [value]
-        item = (get_args(kind) or (Any,))[0]
-        return [_coerce(key, v, item) for v in value]
-    if origin in (dict, Dict):
-        kind = dict
-    if kind in (float, int) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-        except ValueError:
-            pass
-    if kind is str and isinstance(value, (str, int, float)):
-        return str(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}.")
-
-
-def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
-    """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs."""
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind`; what is no list is a list of one where a list is wanted."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"--config: there is no file {str(path)!r}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: this is not YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
-    base = data.pop("base", None)
-    return data if base is None else _merge(read_yaml(Path(path).parent / base), data)
+        alone = get_origin(kind) is list and not isinstance(value, (list, tuple))
+        return TypeAdapter(kind).validate_python([value] if alone else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        expected = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])
+        expected = re.sub("^(Input should be|Value error,)", "expected", expected)
+        raise ConfigError(f"{key}: {expected}; got {first['input']!r}.") from None
+
+
+def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
+    """The configuration `cls` with `values`, each checked against its field's type.
+
+    Raises:
+        ConfigError: An unknown key (the nearest known one is named), or a value of another type or out of its range.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(names)}."
+            raise ConfigError(f"{where}: unknown key {key!r}. {hint}")
+    hints = get_type_hints(cls, include_extras=True)
+    return cls(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
 
 
 def plain(config: Any) -> Dict[str, Any]:
@@ -102,51 +61,80 @@ def plain(config: Any) -> Dict[str, Any]:
     return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
-    """The configuration `cls` with `values`, each checked against its field's type.
-
-    Raises:
-        ConfigError: An unknown key (the nearest known one is named) or a value of the wrong type.
-    """
-    hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        _refuse_unknown(key, names, where)
-    return cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+class _Loader(yaml.SafeLoader):
+    """Scalars as YAML 1.2 has them: `no` and 007 are text, 1e-4 is a number."""
 
 
-def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
-    """`--a 1 --b.c=2 --flag` → {"a": 1, "b": {"c": 2}, "flag": True}; values are YAML."""
-    result: Dict[str, Any] = {}
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"command line: expected --key value, got {word!r}.")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            following: List[str] = []
-            while words and not words[0].startswith("--"):
-                following.append(words.pop(0))
-            text = following[0] if len(following) == 1 else f"[{', '.join(following)}]" if following else "true"
-        *parents, last = key.replace("-", "_").split(".")
-        target = result
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(text)
-    return result
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in {
+    "null": r"~|null|",
+    "bool": r"[Tt]rue|[Ff]alse",
+    "int": r"[-+]?(0|[1-9]\d*)",
+    "float": r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
-def _merge(base: Dict[str, Any], update: Dict[str, Any]) -> Dict[str, Any]:
+def _merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict[str, Any]:
     merged = dict(base)
     for key, value in update.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if isinstance(value, dict) and merged.get(key) is not None:
+            if not isinstance(merged[key], dict):
+                what = f"{path}{key}: {merged[key]!r} is no dictionary"
+                raise ConfigError(
+                    f"{what}, so it has no {path}{key}.{next(iter(value), '')}; leave one of the two out."
+                )
+            value = _merge(merged[key], value, f"{path}{key}.")
+        merged[key] = value
     return merged
 
 
+def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
+    """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs."""
+    try:
+        data = yaml.load(Path(path).read_text(), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no file {str(path)!r}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: this is not YAML: {error}") from None
+    if not isinstance(data, (dict, type(None))):
+        raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
+    base = (data or {}).pop("base", None)
+    return (data or {}) if base is None else _merge(read_yaml(Path(path).parent / str(base)), data)
+
+
+def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
+    """`--a 1 --b.c=2 --flag` → {"a": "1", "b": {"c": 2}, "flag": "true"}.
+
+    A word is text, which its field's type reads; what is inside a dictionary has no such type, so YAML reads it.
+    """
+    found: List[List[str]] = []  # of a key and its words each
+    for word in arguments:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            found.append([key.replace("-", "_"), text] if equals else [key.replace("-", "_")])
+        elif found:
+            found[-1].append(word)
+        else:
+            raise ConfigError(f"command line: expected --key value, got {word!r}.")
+    result: Dict[str, Any] = {}
+    for key, *words in found:
+        typed = "." not in key
+        read = [w if typed and w[:1] not in "[{" and w != "null" else yaml.load(w, _Loader) for w in words or ["true"]]
+        value = read[0] if len(read) == 1 else read
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        result = _merge(result, value)
+    return result
+
+
 def _help(cls: type, description: str) -> str:
-    lines = [description, "", "usage: --config FILE.yaml [--key value ...]; keys, which the file may hold as well:", ""]
+    lines = [
+        description,
+        "",
+        "usage: --config FILE.yaml [--debug] [--key value ...]; the file may hold these keys:",
+        "",
+    ]
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         lines.append(f"  --{field.name:<22} {field.metadata.get('help', '')} (default: {default})")
@@ -166,20 +154,26 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
         print(_help(cls, description))
         raise SystemExit(0)
     overrides = _overrides(arguments)
-    path = overrides.pop("config", None)
-    values: Dict[str, Any] = {}
-    if path is not None:
-        values = read_yaml(path)
-        if any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
-            values.setdefault("name", Path(path).stem)
+    path = _checked("--config", overrides.pop("config", None), Optional[str])
+    values = {} if path is None else read_yaml(path)
+    if path is not None and any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
+        values.setdefault("name", Path(path).stem)
     return build(cls, _merge(values, overrides), where=str(path or "command line"))
 
 
 def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> None:
-    """Body of a script: reads the configuration and runs; a refusal is one line on stderr and exit status 2."""
+    """Body of a script: reads the configuration and runs it.
+
+    A refusal is one line on stderr and exit status 2, with its traceback where `--debug` is given. A defect of the
+    program keeps its traceback in any case.
+    """
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        run(from_command_line(cls, description or ""))
+        run(from_command_line(cls, description or "", arguments))
     except (RecipeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on from the last checkpoint.") from None

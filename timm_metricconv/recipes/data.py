@@ -7,6 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,8 +25,8 @@ class DataConfig:
 
     data: str = option("digits", "digits[/FIRST-LAST], textures, cifar10, cifar100, a folder, or a timm dataset name")
     data_dir: str = option("data", "root that timm and torchvision download to and read from")
-    num_classes: int = option(0, "number of classes; 0 asks the data set")
-    input_size: int = option(0, "images are resized to this; 0 takes the model's own size")
+    num_classes: NonNegativeInt = option(0, "number of classes; 0 asks the data set")
+    input_size: NonNegativeInt = option(0, "images are resized to this; 0 takes the model's own size")
     mean: List[float] = option([], "by default the data set's (CIFAR) or the model's")
     std: List[float] = option([], "likewise")
     scale: List[float] = option([0.08, 1.0], "area range of RandomResizedCrop")
@@ -36,8 +37,8 @@ class DataConfig:
     re_prob: float = option(0.0, "probability of random erasing")
     crop_pct: Optional[float] = option(None, "centre crop of the validation images; by default the model's own")
     interpolation: Optional[str] = option(None, "resizing; by default the model's own, in training random")
-    batch_size: int = option(128, "images in a batch, on each device")
-    workers: int = option(2, "loader processes; 0 loads in the training process")
+    batch_size: PositiveInt = option(128, "images in a batch, on each device")
+    workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
 
 
 class ArrayDataset(Dataset):

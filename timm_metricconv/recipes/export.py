@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from .config import ConfigError, option
+from .network import create_model, load_checkpoint
 
 # torch's exporter writes nothing older; its conversion to older op sets fails on these networks and keeps 18.
 MIN_OPSET = 18
@@ -46,16 +46,11 @@ def load_network(config: ExportConfig) -> nn.Module:
     Raises:
         ConfigError: The model is unknown, refuses its arguments, or the checkpoint is missing or does not fit.
     """
-    weights: Dict[str, Any] = {"pretrained": config.pretrained or ":" in config.model}
+    # a folder or a repository of weights without its weights would be no use
+    pretrained = (config.pretrained or ":" in config.model) and not config.checkpoint
+    model = create_model(config.model, config.model_args, pretrained=pretrained).eval()
     if config.checkpoint:
-        if not Path(config.checkpoint).is_file():
-            raise ConfigError(f"checkpoint: there is no file {config.checkpoint!r}.")
-        overlay = {"file": config.checkpoint, **{k: v for k, v in config.model_args.items() if k == "num_classes"}}
-        weights = {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    try:
-        model = timm.create_model(config.model, **weights, **config.model_args).eval()
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
-        raise ConfigError(f"model: {config.model} with {config.model_args} cannot be made: {error}") from error
+        load_checkpoint(model, config.checkpoint)
     return model.half() if config.half else model
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..layers import LAYERS, BallConv2d
 from .config import ConfigError, option
+from .network import adaptive_layers, create_model
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 # What a card tells of config.yaml. Paths stay at home.
@@ -65,8 +66,8 @@ def load(folder: Path) -> nn.Module:
         ConfigError: timm cannot load it.
     """
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as error:  # timm, torch and safetensors have exceptions of their own
+        return create_model(f"local-dir:{folder}", {}, pretrained=True).eval()
+    except ConfigError as error:
         raise ConfigError(f"folder: timm cannot load {folder}: {error}") from error
 
 
@@ -140,7 +141,7 @@ def model_card(run: Run, name: str, source: str, license: Optional[str] = None) 
         source: What `timm.create_model` is to be given.
         license: See `HubConfig`.
     """
-    layers = [module for module in run.model.modules() if isinstance(module, BallConv2d)]
+    layers = adaptive_layers(run.model)
     kinds = {cls: kind for kind, cls in LAYERS.items()}
     kind = kinds[type(layers[0])] if layers else "standard"
     architecture, training = run.settings["architecture"], run.training

@@ -1,7 +1,7 @@
 """Fine-tuning: timm gives data, augmentation, optimiser, schedule, loss and EMA; accelerate gives devices and state."""
 
 import copy
-import csv
+import difflib
 import json
 import math
 import os
@@ -9,28 +9,28 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..layers import BallConv2d
-from ..models import checkpoint_filter_fn
-from ..models.ball_resnet import BallResNet
-from .config import ConfigError, RecipeError, option, plain
+from .config import ConfigError, RecipeError, build, option
 from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
+from .network import NetworkConfig, build_model, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, write_atomic
+from .run import RunConfig, check_same_run, progress, read_curves, write_config
 
 # Steps between two looks at the loss: a look waits for the device.
 CHECK_EVERY = 50
@@ -40,132 +40,67 @@ class TrainingDiverged(RecipeError):
     """The loss is no number any more."""
 
 
+def _known_optimiser(name: str) -> str:
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        raise ValueError(f"an optimiser of timm's, such as {', '.join(near) or 'adamw, adam, sgd, lamb'}")
+    return name
+
+
+Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
+Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass
-class TrainConfig(DataConfig):
+class TrainConfig(DataConfig, NetworkConfig, RunConfig):
     """A training run."""
 
     name: str = option("train", "name of the run")
-    output: Optional[str] = option(None, "folder of the run; by default runs/<name>")
-    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
-    pretrained: bool = option(False, "start from the model's pretrained weights")
-    model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
-    checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
-    allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
-    fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
-    epochs: int = option(10, "epochs")
-    opt: str = option("adamw", "timm optimiser")
-    lr: float = option(1e-3, "learning rate")
-    predictor_lr: float = option(0.1, "factor on the predictors' learning rate (DCN practice)")
-    predictor_regulariser: float = option(0.0, "weight of the mean |parameter| of the predictors")
-    weight_decay: float = option(1e-4, "weight decay")
+    epochs: PositiveInt = option(10, "epochs")
+    opt: Optimiser = option("adamw", "timm optimiser")
+    lr: PositiveFloat = option(1e-3, "learning rate")
+    predictor_lr: NonNegativeFloat = option(0.1, "factor on the predictors' learning rate (DCN practice)")
+    predictor_regulariser: NonNegativeFloat = option(0.0, "weight of the mean |parameter| of the predictors")
+    weight_decay: NonNegativeFloat = option(1e-4, "weight decay")
     decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
-    sched: str = option("cosine", "timm schedule, stepped each epoch")
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    min_lr: float = option(0.0, "last learning rate")
-    clip_grad: Optional[float] = option(None, "largest norm of the gradient")
-    smoothing: float = option(0.0, "label smoothing")
-    mixup: float = option(0.0, "mixup alpha")
-    cutmix: float = option(0.0, "cutmix alpha")
-    ema_decay: Optional[float] = option(None, "validate and save an exponential average of the weights")
+    sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
+    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up")
+    min_lr: NonNegativeFloat = option(0.0, "last learning rate")
+    clip_grad: Optional[PositiveFloat] = option(None, "largest norm of the gradient")
+    smoothing: Share = option(0.0, "label smoothing")
+    mixup: NonNegativeFloat = option(0.0, "mixup alpha")
+    cutmix: NonNegativeFloat = option(0.0, "cutmix alpha")
+    ema_decay: Optional[Share] = option(None, "validate and save an exponential average of the weights")
     amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
-    grad_accum: int = option(1, "batches in one optimiser step")
+    grad_accum: PositiveInt = option(1, "batches in one optimiser step")
     channels_last: bool = option(True, "memory format of network and images")
     seed: int = option(0, "seed of weights, order and augmentation")
 
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.output or f"runs/{self.name}")
 
-
-def warm_start(model: nn.Module, path: str, allow_pickle: bool = False) -> None:
-    """Loads a checkpoint of a standard or converted network into `model`, which keeps its own classifier.
-
-    Raises:
-        ConfigError: The file is missing, broken or (without `allow_pickle`) no safetensors file, or a key is missing,
-            unknown or of another shape.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"checkpoint: there is no file {path!r}.")
-    if Path(path).suffix != ".safetensors" and not allow_pickle:
-        raise ConfigError(
-            f"checkpoint: {path!r} is no .safetensors file, and a pickle file can run code. Convert it with "
-            "safetensors.torch.save_file, or give --allow_pickle true for one whose source you trust."
+def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
+    """The optimiser, and the schedule that sets its learning rates at the beginning of each epoch."""
+    groups = parameter_groups(
+        model, weight_decay=config.weight_decay, predictor_lr=config.predictor_lr, decay_all=config.decay_all
+    )
+    optimiser = create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimiser,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            min_lr=config.min_lr,
         )
-    try:
-        state = timm.models.load_state_dict(path, weights_only=True)
-    except Exception as error:  # safetensors, zip and pickle have exceptions of their own
-        raise ConfigError(f"checkpoint: {path!r} cannot be read ({error}); is it complete?") from error
-    strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ConfigError(f"checkpoint: {path!r}: {strange[0]!r} is no tensor; expected the state dict of a network.")
-    own, classifier = model.state_dict(), f"{model.pretrained_cfg['classifier']}."
-    try:
-        if isinstance(model, BallResNet):
-            state = checkpoint_filter_fn(state, model)
-        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
-        model.load_state_dict({**state, **{k: v for k, v in own.items() if k.startswith(classifier)}})
-    except RuntimeError as error:
-        raise ConfigError(f"checkpoint: {path!r}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"sched={config.sched!r} with epochs={config.epochs}: {error}") from None
+    return optimiser, schedule
 
 
-def build_model(config: TrainConfig, num_classes: Optional[int] = None) -> nn.Module:
-    """The network that a configuration names, with its starting weights and (by default its own) number of classes.
-
-    Raises:
-        ConfigError: timm does not know the model, or it refuses its arguments or its weights.
-    """
-    arguments = config.model_args if num_classes is None else {**config.model_args, "num_classes": num_classes}
-    try:
-        model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model_args: {config.model} refuses {config.model_args}: {error}") from error
-    except RuntimeError as error:
-        raise ConfigError(f"model: {config.model}: {error}") from error
-    if config.checkpoint:
-        warm_start(model, config.checkpoint, config.allow_pickle)
-    if config.fixed_kernel:
-        for module in adaptive_layers(model):
-            module.weight.requires_grad_(False)
-    return model
-
-
-def adaptive_layers(model: nn.Module) -> List[BallConv2d]:
-    """All metric, deformable, ... layers of a network."""
-    return [module for module in model.modules() if isinstance(module, BallConv2d)]
-
-
-def is_predictor(name: str) -> bool:
-    """Whether a parameter's name is that of a predictor (or of an active convolution's offsets)."""
-    return ".predictor." in f".{name}" or name.split(".")[-1] == "offset"
-
-
-def predictor_regulariser(model: nn.Module) -> Tensor:
-    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts)."""
-    terms = [
-        sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
-        for layer in adaptive_layers(model)
-        if layer.predictor is not None
-    ]
-    return torch.stack(terms).mean() if terms else torch.zeros(())
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
-    """Parameters by (predictor or not) × (decayed or not); timm's schedules honour `lr_scale`."""
-    groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decayed = config.decay_all or parameter.ndim > 1
-            groups.setdefault((is_predictor(name), decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "lr_scale": config.predictor_lr if predictor else 1.0,
-            "lr": config.lr * (config.predictor_lr if predictor else 1.0),
-        }
-        for (predictor, decayed), parameters in groups.items()
-    ]
+def learning_rate(optimiser: Optimizer) -> float:
+    """The rate of all but the predictors; 0 where nothing has one."""
+    scaled = (group["lr"] / group["lr_scale"] for group in optimiser.param_groups if group["lr_scale"])
+    return next(scaled, 0.0)
 
 
 class _Checkpoints:
@@ -256,27 +191,6 @@ def _loss(config: TrainConfig) -> nn.Module:
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
 
 
-def _read_curves(path: Path, epochs: int) -> List[Dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows if row["epoch"] <= epochs]
-
-
-def _same_run(folder: Path, resolved: Dict[str, Any]) -> None:
-    """Refuses to go on with a run that was begun with another configuration (more epochs are another schedule)."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    begun = yaml.safe_load(path.read_text())
-    places = ("name", "output", "workers", "data_dir", "allow_pickle")
-    changed = [key for key in resolved if key not in places and begun.get(key) != resolved[key]]
-    if changed:
-        what = ", ".join(f"{key} ({begun.get(key)} → {resolved[key]})" for key in changed)
-        raise ConfigError(f"output: {folder} holds a run with another {what}. Give another --output or remove it.")
-
-
 class _Trainer:
     """One run: what `train` needs at hand between epochs."""
 
@@ -307,14 +221,7 @@ class _Trainer:
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
-        optimiser = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
-        self.scheduler, _ = create_scheduler_v2(
-            optimiser,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            min_lr=config.min_lr,
-        )
+        optimiser, self.scheduler = make_optimiser(model, config)
         loaders = (
             make_loader(config, train_set, model.pretrained_cfg, train=True),
             make_loader(config, val_set, model.pretrained_cfg, train=False),
@@ -379,22 +286,20 @@ class _Trainer:
         self.model.train()
         started, images_seen, steps = time.perf_counter(), 0, 0
         total = torch.zeros((), device=self.accelerator.device)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = self.quiet or not self.main or not console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        with progress(hidden=self.quiet or not self.main) as bar:
             size = len(self.train_loader) if hasattr(self.train_loader, "__len__") else None
-            task = progress.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=size)
+            task = bar.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=size)
             for images, target in self.train_loader:
                 total += self._step(images, target)
                 steps, images_seen = steps + 1, images_seen + len(target)
-                progress.advance(task)
+                bar.advance(task)
                 if steps % CHECK_EVERY == 0:
                     self._check(total, epoch, steps)
         loss = self._check(total, epoch, steps)
         seconds = time.perf_counter() - started
         return {
             "epoch": epoch + 1,
-            "lr": self.optimiser.param_groups[0]["lr"] / self.optimiser.param_groups[0]["lr_scale"],
+            "lr": learning_rate(self.optimiser),
             "train_loss": loss / max(steps, 1),
             **evaluate(self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
             "images_per_second": images_seen * self.accelerator.num_processes / seconds,
@@ -432,19 +337,17 @@ def train(
         ConfigError: The configuration cannot be used, or the folder holds another run.
         TrainingDiverged: The loss is not finite; the last good checkpoint is kept.
     """
-    folder, resolved = config.folder, plain(config)
-    _same_run(folder, resolved)
+    build(TrainConfig, vars(config))  # one made in Python has passed no command line
+    folder = config.folder
+    check_same_run(config)
     if (folder / "summary.json").exists():
         return json.loads((folder / "summary.json").read_text())
     trainer = _Trainer(config, quiet, prepare)
     if trainer.main:
-        try:
-            write_atomic(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-        except OSError as error:
-            raise ConfigError(f"output: {str(folder)!r} cannot be written to: {error}.") from None
+        write_config(config)
     checkpoints = _Checkpoints(folder, trainer.accelerator)
     done = checkpoints.resume()
-    rows = _read_curves(folder / "curves.csv", done)
+    rows = read_curves(folder, done)
     if done and trainer.main and not quiet:
         console.print(f"going on after epoch {done} of {config.epochs} in {folder}")
     for epoch in range(done, config.epochs):
@@ -462,14 +365,6 @@ def train(
             print_table([summary], f"{config.name}: {folder}")
     trainer.accelerator.free_memory()
     return summary
-
-
-def parameter_counts(model: nn.Module) -> Dict[str, int]:
-    """All parameters, and those of the predictors."""
-    return {
-        "params": sum(p.numel() for p in model.parameters()),
-        "predictor_params": sum(p.numel() for name, p in model.named_parameters() if is_predictor(name)),
-    }
 
 
 def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) -> Dict[str, Any]:

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 
 from .config import ConfigError, option
 from .data import DataConfig, class_count, make_datasets, make_loader
+from .network import create_model, parameter_counts
 from .report import print_table, write_summary
-from .train import TrainConfig, build_model, evaluate, parameter_counts
+from .train import evaluate
 
 
 @dataclass
@@ -35,8 +36,8 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.amp)
     _, dataset = make_datasets(config)
     classes = class_count(config, dataset)
-    wanted = TrainConfig(model=config.model, model_args=config.model_args, pretrained=config.pretrained)
-    model = build_model(wanted, None if config.pretrained else classes)
+    wanted = None if config.pretrained else classes
+    model = create_model(config.model, config.model_args, pretrained=config.pretrained, num_classes=wanted)
     if model.num_classes != classes:
         raise ConfigError(f"model: {config.model} has {model.num_classes} classes, {config.data} has {classes}.")
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)

@@ -1,0 +1,41 @@
+"""The recipe of the pictures: what it writes and what it refuses."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("accelerate", reason="needs the extra [demo]")
+
+from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.visualise import VisualiseConfig, visualise
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+
+
+def test_the_recipe_writes_its_pictures(tmp_path):
+    file = tmp_path / "image.png"
+    Image.fromarray(IMAGE).save(file)
+    written = visualise(
+        VisualiseConfig(output=str(tmp_path / "out"), image=str(file), size=48, model="test_resnet_metric", dpi=40)
+    )
+    assert [path.name for path in written] == [
+        "unit_balls.png",
+        *(f"layer2.0.conv1-{what}.png" for what in ("samples", "balls", "maps")),
+    ]
+    for path in written:
+        assert np.asarray(Image.open(path)).std() > 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"image": "no_such_picture"}, "no file and no picture"),
+        ({"metric": {"tau": 2.0}}, "tau"),
+        ({"metric": {"tilt": 2.0}}, "tilt"),
+        ({"model": "test_resnet"}, "no such layer"),
+        ({"model": "test_resnet_metric", "layers": ["layer1"]}, r"layer2\.0\.conv1"),
+    ],
+)
+def test_the_recipe_refuses_what_it_cannot_do(tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        visualise(VisualiseConfig(**{"output": str(tmp_path), "image": "camera", "size": 32, **wrong}))

@@ -1,0 +1,178 @@
+"""The network of a configuration: made, warm-started, frozen; its predictors, parameter groups and counts."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..layers import BallConv2d
+from .config import ConfigError, option
+
+
+@dataclass
+class NetworkConfig:
+    """Which network is trained, and what it starts from."""
+
+    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
+    pretrained: bool = option(False, "start from the model's pretrained weights")
+    model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
+    checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
+    allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
+    kernel_start: Literal["model", "uniform"] = option("model", "kernels of adaptive layers: as loaded, or uniform")
+    fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
+    kernels: List[str] = option([], "layers that kernel_start and fixed_kernel mean; by default the adaptive ones")
+
+
+def create_model(
+    name: str, model_args: Dict[str, Any], *, pretrained: bool = False, num_classes: Optional[int] = None
+) -> nn.Module:
+    """timm's model of that name.
+
+    Args:
+        name: Any that `timm.create_model` takes.
+        model_args: Its arguments.
+        pretrained: Load its weights.
+        num_classes: Overrides that of `model_args`, which overrides the model's own.
+
+    Raises:
+        ConfigError: timm does not know the model, or it refuses its arguments or its weights.
+    """
+    arguments = model_args if num_classes is None else {**model_args, "num_classes": num_classes}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model_args: {name} refuses {model_args}: {error}") from error
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ConfigError(f"model: {name} cannot be loaded: {error}") from error
+
+
+def _read_checkpoint(path: str, allow_pickle: bool) -> Dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise ConfigError(f"checkpoint: there is no file {path!r}.")
+    if Path(path).suffix != ".safetensors" and not allow_pickle:
+        raise ConfigError(
+            f"checkpoint: {path!r} is no .safetensors file, and a pickle file can run code. Convert it with "
+            "safetensors.torch.save_file, or give --allow_pickle true for one whose source you trust."
+        )
+    try:
+        state = timm.models.load_state_dict(path, weights_only=True)
+    except Exception as error:  # safetensors, zip and pickle have exceptions of their own
+        raise ConfigError(f"checkpoint: {path!r} cannot be read ({error}); is it complete?") from error
+    strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ConfigError(f"checkpoint: {path!r}: {strange[0]!r} is no tensor; expected the state dict of a network.")
+    return state
+
+
+def load_checkpoint(model: nn.Module, path: str, *, allow_pickle: bool = False, new_classifier: bool = False) -> None:
+    """Loads a checkpoint of this network, or of the standard network that it is made from, strictly.
+
+    Args:
+        model: A network of timm's or of ours. Where the module that defines it has a `checkpoint_filter_fn`, as timm
+            names them, the checkpoint passes it.
+        path: A .safetensors file.
+        allow_pickle: `path` may be a .pth, .pt or .bin file.
+        new_classifier: The model keeps its own classifier.
+
+    Raises:
+        ConfigError: The file is missing, broken or (without `allow_pickle`) no safetensors file, or a key is missing,
+            unknown or of another shape.
+    """
+    state, own = _read_checkpoint(path, allow_pickle), model.state_dict()
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        if fit is not None:
+            state = fit(state, model)
+        if new_classifier:
+            names = model.pretrained_cfg.get("classifier") or ()
+            classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+            state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+            state.update({key: value for key, value in own.items() if key.startswith(classifier)})
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"checkpoint: {path!r}: {error}") from None
+
+
+def _layers(model: nn.Module, names: Sequence[str]) -> List[nn.Module]:
+    try:
+        return [model.get_submodule(name) for name in names] if names else list(adaptive_layers(model))
+    except AttributeError as error:
+        raise ConfigError(f"kernels: {error}; expected names of convolutions.") from None
+
+
+def build_model(config: NetworkConfig, num_classes: Optional[int] = None) -> nn.Module:
+    """The network that a configuration names, with its starting weights and (by default its own) number of classes.
+
+    Raises:
+        ConfigError: The model or its weights cannot be had.
+    """
+    model = create_model(config.model, config.model_args, pretrained=config.pretrained, num_classes=num_classes)
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint, allow_pickle=config.allow_pickle, new_classifier=True)
+    for layer in _layers(model, config.kernels):
+        if config.kernel_start == "uniform":
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
+        if config.fixed_kernel:
+            layer.weight.requires_grad_(False)
+    return model
+
+
+def adaptive_layers(model: nn.Module) -> List[BallConv2d]:
+    """All metric, deformable, ... layers of a network."""
+    return [module for module in model.modules() if isinstance(module, BallConv2d)]
+
+
+def is_predictor(name: str) -> bool:
+    """Whether a parameter's name is that of a predictor (or of an active convolution's offsets)."""
+    return ".predictor." in f".{name}" or name.split(".")[-1] == "offset"
+
+
+def predictor_regulariser(model: nn.Module) -> Tensor:
+    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts)."""
+    terms = [
+        sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
+        for layer in adaptive_layers(model)
+        if layer.predictor is not None
+    ]
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, predictor_lr: float = 1.0, decay_all: bool = False
+) -> List[Dict[str, Any]]:
+    """Parameters by (predictor or not) × (decayed or not).
+
+    All have the same `lr`, the optimiser's: timm's schedules multiply what they set by a group's `lr_scale`.
+
+    Args:
+        model: The network; parameters without gradient are in no group.
+        weight_decay: Of weights.
+        predictor_lr: Factor on the predictors' learning rate.
+        decay_all: Decay biases and norms too.
+    """
+    groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = decay_all or parameter.ndim > 1
+            groups.setdefault((is_predictor(name), decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": predictor_lr if predictor else 1.0,
+        }
+        for (predictor, decayed), parameters in groups.items()
+    ]
+
+
+def parameter_counts(model: nn.Module) -> Dict[str, int]:
+    """All parameters, and those of the predictors."""
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "predictor_params": sum(p.numel() for name, p in model.named_parameters() if is_predictor(name)),
+    }

@@ -1,0 +1,77 @@
+"""What recipes share about a run: its folder, whether the folder holds that very run, its curves, its progress."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .config import ConfigError, option, plain
+from .report import console, write_atomic
+
+# What may differ when a run goes on: where things are, not what they are.
+PLACES = ("name", "output", "workers", "data_dir", "allow_pickle")
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes."""
+
+    name: str = option("run", "name of the run")
+    output: Optional[str] = option(None, "folder of the run; by default runs/<name>")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
+    """Refuses to go on in a folder that holds a run of another configuration.
+
+    Args:
+        config: The run.
+        free: Keys that may differ besides the places.
+
+    Raises:
+        ConfigError: Another key differs; it is named.
+    """
+    path, resolved = config.folder / "config.yaml", plain(config)
+    if not path.exists():
+        return
+    begun = yaml.safe_load(path.read_text())
+    changed = [key for key in resolved if key not in (*PLACES, *free) and begun.get(key) != resolved[key]]
+    if changed:
+        what = ", ".join(f"{key} ({begun.get(key)} → {resolved[key]})" for key in changed)
+        raise ConfigError(
+            f"output: {config.folder} holds a run with another {what}. Give another --output or remove it."
+        )
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes `config.yaml`, resolved.
+
+    Raises:
+        ConfigError: The folder cannot be written to.
+    """
+    try:
+        write_atomic(config.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"output: {str(config.folder)!r} cannot be written to: {error}.") from None
+
+
+def read_curves(folder: Path, epochs: Optional[int] = None) -> List[Dict[str, Any]]:
+    """The rows of a training run's `curves.csv`, up to `epochs`; none where there is no such file."""
+    if not (folder / "curves.csv").exists():
+        return []
+    with (folder / "curves.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows if epochs is None or row["epoch"] <= epochs]
+
+
+def progress(hidden: bool = False) -> Progress:
+    """A bar that is gone when it is done; none where nobody looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)

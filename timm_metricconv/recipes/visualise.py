@@ -1,0 +1,158 @@
+"""Pictures of one image and of a network's layers: unit balls, samples, maps, Grad-CAM."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import BallConv2d
+from ..viz import (
+    capture,
+    image_field,
+    layer_field,
+    need,
+    plot_field,
+    plot_grad_cam,
+    plot_maps,
+    plot_samples,
+    strong_edges,
+)
+from .config import ConfigError, option
+from .network import create_model
+from .report import write_atomic
+from .run import RunConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class VisualiseConfig(RunConfig):
+    """Pictures of one image and, where a model is named, of its layers."""
+
+    name: str = option("visualise", "name of the run")
+    image: str = option("coffee", "a file, or pictures of scikit-image side by side: coffee, brick+grass, ...")
+    size: int = option(384, "shorter side of the image in pixels; 0 keeps its own")
+    metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
+    smoothing: float = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
+    spacing: float = option(24.0, "distance between two balls in pixels of the image")
+    points: List[List[float]] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
+    model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
+    model_args: Dict[str, Any] = option({}, "arguments of the model")
+    pretrained: bool = option(False, "load the model's weights")
+    layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
+    cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
+    dpi: float = option(110.0, "resolution of the pictures")
+    cam_class: Optional[int] = option(None, "class that Grad-CAM explains; by default each network's first choice")
+
+
+def load_image(name: str, size: int = 0) -> "np.ndarray":
+    """A picture as `[H, W, 3]` uint8.
+
+    Args:
+        name: A file, or names of scikit-image's pictures, joined by "+" to stand side by side.
+        size: Its shorter side; 0 keeps its own.
+
+    Raises:
+        ConfigError: There is neither such a file nor such a picture.
+    """
+    numpy, pillow = need("numpy", "numpy"), need("PIL.Image", "pillow")
+    if Path(name).is_file():
+        picture = pillow.open(name).convert("RGB")
+    else:
+        library, parts = need("skimage.data", "scikit-image"), []
+        for part in name.split("+"):
+            try:
+                parts.append(numpy.asarray(pillow.fromarray(getattr(library, part)()).convert("RGB")))
+            except Exception as error:  # no such name, not a picture, or one that has to be downloaded first
+                raise ConfigError(f"image: {part!r} is no file and no picture of scikit-image ({error}).") from None
+        if len({part.shape[0] for part in parts}) > 1:
+            raise ConfigError(f"image: {name!r}: pictures side by side need the same height.")
+        picture = pillow.fromarray(numpy.concatenate(parts, 1))
+    if size:
+        factor = size / min(picture.size)
+        picture = picture.resize([round(side * factor) for side in picture.size], pillow.Resampling.LANCZOS)
+    return numpy.asarray(picture)
+
+
+def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
+    # a folder or a repository of weights without its weights would be no use
+    return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
+
+
+def _as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
+    """The picture as a timm model takes it, `[1, C, H, W]`."""
+    cfg = model.pretrained_cfg
+    channels = cfg["input_size"][0]
+    x = torch.as_tensor(image.copy()).permute(2, 0, 1)[None].float() / 255
+    x = x if channels == 3 else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    return (x - mean) / std
+
+
+def _save(figure: "Figure", path: Path, dpi: float) -> None:
+    """As PNG with a palette: a third of the size, and no difference to the eye."""
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
+    pillow = need("PIL.Image", "pillow")
+    picture = pillow.open(drawn).convert("RGB")
+    # rare colours (the ends of a colour scale) keep a place in the palette, which k-means then fits to the rest
+    picture = picture.quantize(256, pillow.Quantize.MAXCOVERAGE, kmeans=3, dither=pillow.Dither.NONE)
+    picture.save(packed, format="png", optimize=True)
+    write_atomic(path, packed.getvalue())
+
+
+def visualise(config: VisualiseConfig) -> List[Path]:
+    """Makes the pictures that a configuration asks for.
+
+    `unit_balls.png` (balls of a metric built from the image gradient), and for each layer of the model
+    `<layer>-samples.png`, `<layer>-balls.png` and `<layer>-maps.png`; `grad_cam.png` where networks are named for it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: The image, the model or a layer cannot be had; the message says what to do.
+    """
+    need("matplotlib", "matplotlib")
+    image, written = load_image(config.image, config.size), []
+
+    def save(figure: "Figure", name: str) -> None:
+        written.append(config.folder / f"{name}.png")
+        _save(figure, written[-1], config.dpi)
+        print(written[-1])
+
+    try:
+        field = image_field(image, config.smoothing, **config.metric)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metric: {error}") from None
+    title = "balls of a metric built from the image gradient (no training)"
+    save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
+
+    if config.model:
+        model = _network(config.model, config, config.model_args)
+        names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
+        points = config.points or strong_edges(image)
+        for name in config.layers or names[:1] or [""]:
+            try:
+                view = capture(model, name, _as_input(model, image))
+            except ValueError as error:
+                raise ConfigError(f"layers: {config.model}: {error}") from None
+            field, kind = layer_field(view), type(view.layer).__name__
+            lattice = view.layer.points.flatten(0, 1)[None, :, :, None, None]
+            if (view.positions() - lattice).abs().max() < 1e-3:
+                print(f"{name} samples the plain pattern everywhere: it is untrained, so its balls are disks.")
+            save(plot_samples(view, image, points), f"{name}-samples")
+            whose = "its metric" if field.residual is None else "the metric that fits its samples best"
+            save(plot_field(field, image, config.spacing, title=f"{name}, {kind}: {whose}").figure, f"{name}-balls")
+            save(plot_maps(field, image, title=f"{name}, {kind}"), f"{name}-maps")
+
+    if config.cam:
+        models = {label: _network(name, config, {}) for label, name in config.cam.items()}
+        inputs = {label: _as_input(model, image) for label, model in models.items()}
+        save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
+    return written
