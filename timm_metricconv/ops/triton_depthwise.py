@@ -225,21 +225,18 @@ class Depthwise:
         self.ball = self.channels // self.call.balls
         self.rows = self.call.pixels // self.call.geometry[3]
 
-    @property
-    def settings(self) -> dict:
-        """Constants and compiler options: tiles of eight values a thread."""
+    def settings(self, registers: int) -> dict:
+        """Constants and compiler options: tiles of eight values a thread, which may have that many registers."""
         # a block that divides the channels leaves no thread idle, and 8 of them are 16 bytes
         block_c = min(self.ball & -self.ball, 64)
         if block_c < 8:
             block_c = min(triton.next_power_of_2(self.ball), 64)
-        threads = 4 * (64 if self.launch.hip else 32)
+        warps, lanes = 4, 64 if self.launch.hip else 32
         return {
-            "BLOCK_M": max(min(8 * threads // block_c, 128), 2 * WIDE),
+            "BLOCK_M": max(min(8 * warps * lanes // block_c, 128), 2 * WIDE),
             "BLOCK_C": block_c,
             "WIDE": WIDE,
-            "num_warps": 4,
-            "num_stages": 1,
-            "enable_fp_fusion": True,
+            **self.launch.options(warps, registers=registers),
         }
 
     def tiles(self, block_m: int) -> int:
@@ -248,7 +245,7 @@ class Depthwise:
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
         """`[B, H_out, W_out, C]`."""
-        call, settings = self.call, self.settings
+        call, settings = self.call, self.settings(registers=64)
         out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.channels)
         blocks = triton.cdiv(self.ball, settings["BLOCK_C"]) * call.balls
         self.launch(
@@ -262,7 +259,7 @@ class Depthwise:
         self, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
     ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """Of x (float32), source, kernel `[K, C, 1]` (float32) and mask in the kernels' layout."""
-        call, settings = self.call, self.settings
+        call, settings = self.call, self.settings(registers=128)
         tiles = self.tiles(settings["BLOCK_M"])
         # A small image has too few tiles to fill the GPU: then its taps are shared out.
         most = triton.cdiv(8 * self.launch.processors, tiles * call.balls)

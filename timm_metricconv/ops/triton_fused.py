@@ -251,39 +251,46 @@ class _Dense:
         self.channels, self.out_channels = group * groups, out_channels
         self.group, self.out_group, self.ball = group, out_channels // groups, self.channels // call.balls
         self.unit = min(self.group, self.ball)
+        self.wide = 1 if call.x.element_size() == 2 else 2
 
     @property
     def sizes(self) -> Tuple[int, ...]:
         """The kernels' arguments `channels` to `UC`."""
         return self.channels, self.out_channels, self.group, self.out_group, self.ball, self.unit
 
-    def settings(self, most_n: int, most_c: int, stages: int = 1) -> dict:
+    def settings(
+        self, most_n: int, most_c: int, stages: int = 1, warps: Optional[int] = None, registers: Optional[int] = None
+    ) -> dict:
         """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
 
         64 pixels are the least that Hopper's matrix instruction takes. With tiles of 64×128 and 8 warps, forward and 32
-        channels of the image at a time, or backward and 16, a thread has at most 128 registers there: two programs then
-        share a processor, and one multiplies while the other gathers. float32 operands take twice the space, and without tf32 they are
-        multiplied by the plain cores.
+        channels of the image at a time, or backward and 16, a thread there needs at most 128 registers: two programs
+        then share a processor, and one multiplies while the other gathers. float32 operands take twice the space, and
+        without tf32 they are multiplied by the plain cores.
+
+        Args:
+            most_n: The most output channels in a tile.
+            most_c: The most channels of the image.
+            stages: Of the software pipeline.
+            warps: By default four for small tiles and eight for others.
+            registers: The most a thread may have. It also keeps NVIDIA's assembler from aiming lower, and spilling.
         """
         dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[self.call.x.dtype]
         matmul = torch.backends.cuda.matmul
         tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-        half = 1 if self.call.x.element_size() == 2 else 2
-        block_n, block_c = _power(self.out_group, most_n // half), _power(self.unit, max(most_c // half, 16))
+        block_n, block_c = _power(self.out_group, most_n // self.wide), _power(self.unit, max(most_c // self.wide, 16))
         return {
             "DOT": tl.float32 if INTERPRETED else dtype,
             "PRECISION": "tf32" if tf32 else "ieee",
-            "BLOCK_M": 64 // half,
+            "BLOCK_M": 64 // self.wide,
             "BLOCK_N": block_n,
             "BLOCK_C": block_c,
-            "num_warps": 8 if block_n * block_c >= 2048 else 4,
-            "num_stages": stages,
-            "enable_fp_fusion": True,
+            **self.launch.options(warps or (8 if block_n * block_c >= 2048 else 4), stages, registers),
         }
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
         """`[B, H_out, W_out, C_out]`."""
-        call, settings = self.call, self.settings(most_n=128, most_c=32)
+        call, settings = self.call, self.settings(most_n=128, most_c=32, registers=128)
         out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.out_channels)
         tiles = triton.cdiv(call.pixels, settings["BLOCK_M"]) * triton.cdiv(self.out_group, settings["BLOCK_N"])
         grid = (tiles * (self.out_channels // self.out_group),)
@@ -297,7 +304,10 @@ class _Dense:
         self, grad: Tensor, need_x: bool, need_source: bool
     ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """Gradients of x (float32), source and mask in the kernels' layout."""
-        call, taps, settings = self.call, self.taps, self.settings(most_n=128, most_c=16)
+        call, taps = self.call, self.taps
+        # Ampere needs more than 128 registers for it, and more than there are with four warps
+        limits = {"warps": 8} if self.wide == 1 else {"registers": 128}
+        settings = self.settings(most_n=128, most_c=16, **limits)
         tiles = triton.cdiv(call.pixels, settings["BLOCK_M"])
         # A small image has too few tiles to fill the GPU: then its taps are shared out.
         most = triton.cdiv(4 * self.launch.processors, tiles * call.balls)
