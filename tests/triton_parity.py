@@ -264,7 +264,7 @@ def test_what_is_left_to_the_reference(metric):
 def test_registration(metric, c_out):
     groups, fake = (2 if c_out == 2 else 4), ("test_schema", "test_faketensor")
     leaves, arguments, samples = make(
-        batch=1, size=(2, 3), k=2, padding=1, c_in=4, c_out=c_out, groups=groups, balls=2, metric=metric
+        batch=1, size=(1, 2), k=2, padding=1, c_in=4, c_out=c_out, groups=groups, metric=metric
     )
     pairs = [[arguments[name]] * 2 for name in ("stride", "padding", "dilation")]
     points = (samples(None).points.flatten(0, -2), 1e-6) if metric else ()
@@ -272,7 +272,7 @@ def test_registration(metric, c_out):
     torch.library.opcheck(ops.triton_conv2d.default, (*leaves.values(), *pairs, groups, *points))
     x, source, weight, _, mask = (t.detach() for t in leaves.values())
     grad = torch.randn(1, c_out, *source.shape[-2:], device=DEVICE)
-    for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+    for needs in ((True, True, True), (False, False, True)):
         call = (grad, x, source, weight, mask, *pairs, groups, *needs, *points)
         torch.library.opcheck(ops.triton_conv2d_backward.default, call, test_utils=fake)
 
@@ -307,9 +307,7 @@ def test_compiles_without_graph_breaks(metric, compiler):
 
 def test_activation_checkpointing():
     leaves, *others = make(batch=1, size=(4, 4), c_in=4, c_out=3)
-    out = torch.utils.checkpoint.checkpoint(
-        lambda **kw: apply(kw, *others, "triton"), use_reentrant=False, **leaves
-    )
+    out = torch.utils.checkpoint.checkpoint(lambda **kw: apply(kw, *others, "triton"), use_reentrant=False, **leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     close([out, *torch.autograd.grad(out, list(leaves.values()), cotangent)], run(leaves, *others, "reference"))
 

@@ -22,7 +22,19 @@ except Exception:  # a broken installation of an optional package must not break
     triton = tl = constexpr = None
 
 # These change with the size of the image: a kernel compiled for each of their divisors would cost more than it saves.
-_PLAIN = ("pixels", "taps", "height", "width", "out_height", "out_width", "stride_y", "stride_x", "slice_taps", "span", "rows")
+_PLAIN = (
+    "pixels",
+    "taps",
+    "height",
+    "width",
+    "out_height",
+    "out_width",
+    "stride_y",
+    "stride_x",
+    "slice_taps",
+    "span",
+    "rows",
+)
 
 
 def jit(function):

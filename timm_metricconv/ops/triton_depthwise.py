@@ -4,9 +4,9 @@ A program takes a tile of output pixels and channels of one ball (metric group).
 16 bytes at once and sums in float32. The tile is `WIDE` pixels wide, so that its samples overlap in both directions.
 
 The image's gradient is added with atomics. Neighbouring output pixels mostly read neighbouring input pixels with the
-same tap: what a pixel, the one left of it, the one above it and the one between them add to one pixel of the gradient is
-summed first, and costs one atomic instead of four. Where a neighbour's sample went elsewhere its share is added alone,
-so this holds for any positions.
+same tap: what a pixel and its neighbours to the left, above and left above add to one pixel of the gradient is summed
+first, and costs one atomic instead of four. Where a neighbour's sample went elsewhere its share is added alone, so this
+holds for any positions.
 """
 
 from typing import Optional, Tuple
@@ -224,16 +224,22 @@ class Depthwise:
         self.taps, self.channels, _ = self.call.kernel.shape
         self.ball = self.channels // self.call.balls
         self.rows = self.call.pixels // self.call.geometry[3]
+        self.wide = 1 if self.call.x.element_size() == 2 else 2
 
-    def settings(self, registers: int) -> dict:
-        """Constants and compiler options: tiles of eight values a thread, which may have that many registers."""
+    def settings(self, registers: int, warps: int = 4) -> dict:
+        """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
+
+        Args:
+            registers: The most a thread may have: what leaves most programs to a processor and spills nothing.
+            warps: Four share a tile of eight values a thread.
+        """
         # a block that divides the channels leaves no thread idle, and 8 of them are 16 bytes
         block_c = min(self.ball & -self.ball, 64)
         if block_c < 8:
             block_c = min(triton.next_power_of_2(self.ball), 64)
-        warps, lanes = 4, 64 if self.launch.hip else 32
+        threads = 4 * (64 if self.launch.hip else 32)
         return {
-            "BLOCK_M": max(min(8 * warps * lanes // block_c, 128), 2 * WIDE),
+            "BLOCK_M": max(min(8 * threads // block_c, 128), 2 * WIDE),
             "BLOCK_C": block_c,
             "WIDE": WIDE,
             **self.launch.options(warps, registers=registers),
@@ -245,7 +251,7 @@ class Depthwise:
 
     def forward(self, bias: Optional[Tensor]) -> Tensor:
         """`[B, H_out, W_out, C]`."""
-        call, settings = self.call, self.settings(registers=64)
+        call, settings = self.call, self.settings(registers=64 * self.wide)
         out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.channels)
         blocks = triton.cdiv(self.ball, settings["BLOCK_C"]) * call.balls
         self.launch(
@@ -259,7 +265,7 @@ class Depthwise:
         self, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
     ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """Of x (float32), source, kernel `[K, C, 1]` (float32) and mask in the kernels' layout."""
-        call, settings = self.call, self.settings(registers=128)
+        call, settings = self.call, self.settings(registers=min(128 * self.wide, 255))
         tiles = self.tiles(settings["BLOCK_M"])
         # A small image has too few tiles to fill the GPU: then its taps are shared out.
         most = triton.cdiv(8 * self.launch.processors, tiles * call.balls)
@@ -270,9 +276,10 @@ class Depthwise:
         grad_x = grad_source = grad_mask = partial = None
         if need_x:
             grad_x = torch.zeros_like(call.x, dtype=torch.float32)
+            # Ampere adds its atomics one by one, and each has an address: twice the warps have half of them a thread
             self.launch(
                 input_gradient_kernel, grid, grad_x, grad, call.source, call.points, call.mask, call.kernel,
-                *sizes, *call.geometry, **settings,
+                *sizes, *call.geometry, **self.settings(registers=168, warps=8),
             )  # fmt: skip
         if need_source:
             shape = call.source.shape if call.points is None else (slices, *call.source.shape)

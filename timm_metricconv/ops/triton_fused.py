@@ -21,7 +21,6 @@ from .samples import Samples
 from .triton_common import (
     INTERPRETED,
     Launcher,
-    Problem,
     centre,
     columns,
     constexpr,
@@ -37,10 +36,10 @@ from .triton_common import (
 )
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
-# GC and GN are the channels of a group of the kernel, in and out, and BC those of a ball (a metric group); one of GC and
-# BC divides the other, and UC is the smaller: a unit of UC channels has one group and one ball. Rows beyond the last
-# pixel repeat it and are masked in stores. DOT is the dtype of the product's operands: x's, but float32 in the
-# interpreter, which cannot multiply bfloat16.
+# GC and GN are the channels of a group of the kernel, in and out, and BC those of a ball (a metric group). One of GC and
+# BC divides the other, UC is the smaller: a unit of UC channels has one group and one ball. Rows beyond the last pixel
+# repeat it and are masked in stores. DOT is the dtype of the product's operands: x's, but float32 in the interpreter,
+# which cannot multiply bfloat16.
 
 
 @jit
@@ -305,9 +304,8 @@ class _Dense:
     ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """Gradients of x (float32), source and mask in the kernels' layout."""
         call, taps = self.call, self.taps
-        # Ampere needs more than 128 registers for it, and more than there are with four warps
-        limits = {"warps": 8} if self.wide == 1 else {"registers": 128}
-        settings = self.settings(most_n=128, most_c=16, **limits)
+        # Ampere adds its atomics one by one, and each has an address: with four warps there are too few registers
+        settings = self.settings(most_n=128, most_c=16, warps=8, registers=None if self.wide == 1 else 168)
         tiles = triton.cdiv(call.pixels, settings["BLOCK_M"])
         # A small image has too few tiles to fill the GPU: then its taps are shared out.
         most = triton.cdiv(4 * self.launch.processors, tiles * call.balls)

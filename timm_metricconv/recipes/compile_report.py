@@ -170,9 +170,7 @@ class Compiler(Launcher):
         )
 
 
-def compile_kernels(
-    arch: str, dtype: torch.dtype, variant: Variant, backward: bool = True
-) -> List[Dict[str, Any]]:
+def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: bool = True) -> List[Dict[str, Any]]:
     """Compiles every kernel that a call launches.
 
     Args:
