@@ -36,10 +36,10 @@ from .triton_common import (
 )
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
-# GC and GN are the channels of a group of the kernel, in and out, and BC those of a ball (a metric group). One of GC and
-# BC divides the other, UC is the smaller: a unit of UC channels has one group and one ball. Rows beyond the last pixel
-# repeat it and are masked in stores. DOT is the dtype of the product's operands: x's, but float32 in the interpreter,
-# which cannot multiply bfloat16.
+# GC and GN are the channels of a group of the kernel, in and out, and BC those of a ball (a metric group). One of GC
+# and BC divides the other, UC is the smaller: a unit of UC channels has one group and one ball. Rows beyond the last
+# pixel repeat it and are masked in stores. DOT is the dtype of the product's operands: x's, but float32 in the
+# interpreter, which cannot multiply bfloat16.
 
 
 @jit
