@@ -1,22 +1,26 @@
 """The comparison end to end on a part of the digits."""
 
 import json
+import pickle
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from timm_metricconv.recipes import compare as compare_module
 from timm_metricconv.recipes import launch
 from timm_metricconv.recipes import train as training
-from timm_metricconv.recipes.compare import CompareConfig, compare
+from timm_metricconv.recipes.compare import Cell, CompareConfig, compare
 from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.network import build_model
 
 KEYS = [
-    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "params", "predictor_params", "gmacs",
-    "images_per_second", "seconds",
+    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "vs_standard", "params", "predictor_params",
+    "gmacs", "images_per_second", "seconds", "geometry",
 ]  # fmt: skip
 
 
@@ -61,7 +65,10 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
         assert (record["predictor_params"] == 0) == (record["conv"] == "standard")
     cost = {record["conv"]: record["gmacs"] for record in records}
     assert cost["standard"] < cost["metric"]
-    assert all((config.folder / name).stat().st_size > 100 for name in ("summary.csv", "summary.md", "curves.png"))
+    files = "summary.csv", "summary.md", "curves.png", "geometry.png"
+    assert all((config.folder / name).stat().st_size > 100 for name in files)
+    for record in records:
+        assert bool(record["geometry"]) == bool(record["vs_standard"]) == (record["conv"] == "metric")
 
     # FKW in all alike: the uniform kernel from scratch, the source's kernel under transfer
     source = load_file(config.folder / "source" / "model" / "model.safetensors")
@@ -81,9 +88,40 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
     assert compare(config) == records
 
 
+@pytest.mark.parametrize("conv", ["standard", "deform", "metric"])
+@pytest.mark.parametrize("kernel", ["learnable", "fixed"])
+@pytest.mark.parametrize("init", ["transfer", "uniform", "scratch"])
+def test_every_network_starts_alike(tmp_path, conv, kernel, init):
+    """What a cell's run starts from, in the layers that are adaptive in some network and in the others."""
+    config = tiny(tmp_path, conv=[conv])
+    source = timm.create_model("test_resnet_metric", stem="cifar", stages=[], num_classes=2)
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    run = compare_module._run(
+        config, Cell(conv, init, kernel), 5, str(tmp_path / "source.safetensors"), compare_module._kernels(config)
+    )
+    assert pickle.loads(pickle.dumps(run)) == run and run.seed == 5
+    model, adaptive, other = build_model(run, 2), "layer3.0.conv2.weight", "layer1.0.conv1.weight"
+    uniform = torch.full_like(model.get_parameter(adaptive), 1 / model.get_parameter(adaptive)[0].numel())
+    found = [
+        torch.equal(model.get_parameter(other), source.get_parameter(other)),
+        torch.equal(model.get_parameter(adaptive), source.get_parameter(adaptive)),
+        torch.equal(model.get_parameter(adaptive), uniform),
+        model.get_parameter(adaptive).requires_grad,
+    ]
+    expected = {
+        "transfer": [True, True, False],
+        "uniform": [True, False, True],
+        "scratch": [False, False, kernel == "fixed"],
+    }
+    assert found == [*expected[init], kernel == "learnable"]
+    assert model.get_parameter(other).requires_grad
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"seeds": []}, "seeds: the list is empty"),
+        ({"source": {"epochs": 0}}, "epochs: expected a number greater than 0"),
         ({"conv": ["metrik"]}, "conv: expected some of"),
         ({"model": "vit_tiny"}, "model: expected one of"),
         ({"train": {"epoch": 3}}, "unknown key 'epoch'. Did you mean 'epochs'"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from timm_metricconv.geometry import image_metric
-from timm_metricconv.ops import ball_conv2d
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
 from timm_metricconv.layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
+from timm_metricconv.ops import ball_conv2d
 from timm_metricconv.recipes import denoise as module
 from timm_metricconv.recipes import denoise_data, denoise_fit
 from timm_metricconv.recipes.config import ConfigError, RecipeError, build

@@ -175,7 +175,7 @@ class BallField:
     """A metric at every pixel of a grid that lies in an image.
 
     Attributes:
-        metric: Components `[H, W]`.
+        metric: M `[H, W, 2, 2]`.
         omega: Drift `[H, W, 2]`.
         x: Centres of the columns in the image, `[W]`.
         y: Centres of the rows, `[H]`.
@@ -183,7 +183,7 @@ class BallField:
         residual: Misfit of an implicit metric `[H, W]`; None where the metric is explicit.
     """
 
-    metric: Metric
+    metric: Tensor
     omega: Tensor
     x: Tensor
     y: Tensor
@@ -192,8 +192,7 @@ class BallField:
 
     def outlines(self, rows: Tensor, columns: Tensor, magnified: float = 1.0) -> Tensor:
         """The unit balls of some pixels as polygons in the image, `[N, 181, 2]`."""
-        metric = tuple(component[rows, columns] for component in self.metric)
-        radius = unit_ball(metric, self.omega[rows, columns], TURN)
+        radius = unit_ball(self.metric[rows, columns], self.omega[rows, columns], TURN)
         centre = torch.stack((self.x[columns], self.y[rows]), -1)
         circle = torch.stack((TURN.cos(), TURN.sin()), -1)
         return centre[:, None] + magnified * radius[..., None] * circle * torch.tensor(self.step)
@@ -201,16 +200,13 @@ class BallField:
 
 @torch.no_grad()
 def layer_field(view: LayerView) -> BallField:
-    """The metric of a layer: its own where it has one, else the one that fits its positions best."""
+    """The metric of a layer (of its first metric group): its own, or else the one that fits its positions best."""
     x, y = view.centres()
     if isinstance(view.layer, MetricConv2d):
-        m, omega = view.layer.metric(view.input)
-        a, b, d = m[0, 0, 0], m[0, 0, 1], m[0, 1, 1]
-        metric = tuple(c.float().cpu() for c in (a, b, d, (a.double() * d - b.double().square()).sqrt()))
-        return BallField(metric, omega[0].permute(1, 2, 0).float().cpu(), x, y, view.step)
+        m, omega = (t[0] if view.layer.metric_groups == 1 else t[0, 0] for t in view.layer.metric(view.input))
+        return BallField(m.permute(2, 3, 0, 1).float().cpu(), omega.permute(1, 2, 0).float().cpu(), x, y, view.step)
     fit = fit_randers(view.positions(), view.radii)
-    metric = tuple(component[0].float().cpu() for component in fit.metric)
-    return BallField(metric, fit.omega[0].float().cpu(), x, y, view.step, fit.residual[0].float().cpu())
+    return BallField(*(t[0].float().cpu() for t in fit[:2]), x, y, view.step, fit.residual[0].float().cpu())
 
 
 def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> BallField:
@@ -228,10 +224,9 @@ def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> Bal
         kernel = kernel / kernel.sum()
         grey = F.conv2d(F.pad(grey, (reach, reach, 0, 0), mode="replicate"), kernel[None, None, None])
         grey = F.conv2d(F.pad(grey, (0, 0, reach, reach), mode="replicate"), kernel[None, None, :, None])
-    components, omega = image_metric(grey, **metric)
+    m, omega = image_metric(grey, **metric).tensors()
     height, width = grey.shape[2:]
-    a, b, d, s = (component[0] for component in components)
-    return BallField((a, b, d, s), omega[0], torch.arange(width).float(), torch.arange(height).float())
+    return BallField(m[0], omega[0], torch.arange(width).float(), torch.arange(height).float())
 
 
 def strong_edges(image: np.ndarray, count: int = 3, smoothing: float = 2.0) -> List[List[float]]:
@@ -303,7 +298,7 @@ def plot_field(
         torch.arange(starts[0], height, every[0]), torch.arange(starts[1], width, every[1]), indexing="ij"
     )
     rows, columns = rows.flatten(), columns.flatten()
-    metric = tuple(component[rows, columns] for component in field.metric)
+    metric, omega = field.metric[rows, columns], field.omega[rows, columns]
     ratio = anisotropy(metric)
     scale = colours.Normalize(1, _upper(ratio, 1.5))
     true = field.outlines(rows, columns)
@@ -318,7 +313,7 @@ def plot_field(
     ax.add_collection(balls)
 
     pixel = torch.stack((field.x[columns], field.y[rows]), -1)
-    lean = zermelo_ellipse(metric, field.omega[rows, columns])[1] * torch.tensor(field.step) * magnified
+    lean = zermelo_ellipse(Metric.from_tensors(metric, omega))[1] * torch.tensor(field.step) * magnified
     lines = torch.stack((pixel, pixel + lean), 1).numpy()
     ax.add_collection(collections.LineCollection(lines, colors="black", linewidths=1.3))
     ax.plot(*pixel.T.numpy(), linestyle="", marker="o", markersize=1.5, color="black")

@@ -73,9 +73,9 @@ class _Filter(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: a filter needs an odd one, to sit on its pixel.")
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size={size}: expected (height, width).")
-        self.channels, self.kernel_size = channels, kernel_size
+        self.channels, self.kernel_size, self.pattern = channels, kernel_size, pattern
         self.size, self.samples = size if size is None else tuple(size), samples
-        self.register_buffer("points", PATTERNS[pattern](kernel_size).float(), persistent=False)
+        self.register_buffer("points", PATTERNS[pattern](kernel_size).to(torch.get_default_dtype()), persistent=False)
         taps = kernel_size**2 + centre
         self.weight = nn.Parameter(torch.full((channels, 1, kernel_size**2), 1 / taps), requires_grad=not fixed_kernel)
         self.centre = (
@@ -206,7 +206,7 @@ class ImageMetricFilter2d(nn.Module):
         super().__init__()
         points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
         self.centre, self.samples, self.metric = centre, samples, metric
-        self.register_buffer("points", points.float(), persistent=False)
+        self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → `[B, C, H, W]`; of several channels the metric reads the mean."""

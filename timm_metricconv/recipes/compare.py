@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..layers import BallConv2d
 from .config import ConfigError, build, option
 from .data import class_count, image_size, make_datasets
+from .diagnosis import mean_diagnosis, plot_geometry
 from .launch import run_all
 from .network import create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
 from .run import RunConfig, read_curves, write_config
+from .statistics import Difference, mean_interval, paired_difference
 from .train import TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
@@ -116,10 +118,29 @@ def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost:
         "top1_mean": statistics.mean(top1),
         "top1_std": statistics.stdev(top1) if len(top1) > 1 else 0.0,
         "top1": top1,
+        "vs_standard": None,
         **cost,
         "images_per_second": statistics.median(run["images_per_second"] for run in runs),
         "seconds": sum(run["seconds"] for run in runs),
+        "geometry": mean_diagnosis([run["geometry"] for run in runs]),
     }
+
+
+def _compare_with_standard(records: List[Dict[str, Any]]) -> None:
+    """Fills in `vs_standard`: the difference to the standard convolution of the same row, paired by seed."""
+    standard = {(r["init"], r["kernel"]): r["top1"] for r in records if r["conv"] == "standard"}
+    for record in records:
+        theirs = standard.get((record["init"], record["kernel"]))
+        if theirs is not None and record["conv"] != "standard":
+            difference = paired_difference(record["top1"], theirs)
+            record["vs_standard"] = difference and difference._asdict()
+
+
+def _versus(record: Dict[str, Any]) -> str:
+    if record["vs_standard"] is None:
+        return ""
+    difference = Difference(**record["vs_standard"])
+    return f"{difference.difference:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {difference.verdict}"
 
 
 def _row(record: Dict[str, Any]) -> Dict[str, Any]:
@@ -127,6 +148,7 @@ def _row(record: Dict[str, Any]) -> Dict[str, Any]:
     return {
         **{key: record[key] for key in Cell._fields},
         "top-1 (%)": f"{record['top1_mean']:.2f} ± {record['top1_std']:.2f}",
+        "vs standard, 95 %": _versus(record),
         "params": f"{record['params']:,}",
         "predictors": f"{record['predictor_params']:,}",
         "GMACs": record["gmacs"],
@@ -139,11 +161,12 @@ def _run_folder(config: CompareConfig, cell: Cell, seed: int) -> Path:
 
 
 def plot_curves(config: CompareConfig):
-    """Top-1 over epochs: a panel for each (init, kernel), a line for each convolution, mean and range over seeds."""
+    """Top-1 over epochs: a panel for each (init, kernel), for each convolution the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")
     panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
+    seen: List[float] = []
     for cell in _cells(config):
         axes = panels[config.init.index(cell.init)][config.kernel.index(cell.kernel)]
         axes.set_title(f"{_INITS[cell.init]}, {cell.kernel} kernels")
@@ -152,15 +175,20 @@ def plot_curves(config: CompareConfig):
         values = [[curve[i]["top1"] for curve in curves] for i in range(len(epochs))]
         colour = _COLOURS.get(cell.conv)
         axes.plot(epochs, [statistics.mean(v) for v in values], label=cell.conv, color=colour, marker=".")
-        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        seen += [min(map(min, values)), max(map(max, values))]
+        low, high = mean_interval(list(zip(*values, strict=True)))
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
         axes.grid(alpha=0.3)
+    # two seeds' intervals are far wider than what they contain
+    panels[0][0].set_ylim(min(seen) - 3, max(seen) + 3)
     for axes in panels[-1]:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
         row[0].set_ylabel("validation top-1 (%)")
     panels[0][0].legend(loc="lower right")
-    figure.suptitle(f"{config.model} on {config.train.get('data', 'digits')}, {len(config.seeds)} seeds (band: range)")
+    data = config.train.get("data", "digits")
+    figure.suptitle(f"{config.model} on {data}, {len(config.seeds)} seeds (band: 95 % interval)")
     return figure
 
 
@@ -200,8 +228,8 @@ def _check(config: CompareConfig) -> None:
 def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     """Runs every cell of {conv} × {init} × {kernel} with every seed, skipping what is complete, and reports.
 
-    Writes `summary.json`, `summary.csv`, `summary.md` and `curves.png` into `config.folder`, each run into a folder of
-    its own below it.
+    Writes `summary.json`, `summary.csv`, `summary.md`, `curves.png` and `geometry.png` into `config.folder`, each run
+    into a folder of its own below it.
 
     Returns:
         The records of `summary.json`.
@@ -220,8 +248,11 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
         results[cell].append(result)
         console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: top-1 {result['top1']:6.2f} %")
     records = [_record(cell, config, done, costs[cell.conv]) for cell, done in results.items()]
+    _compare_with_standard(records)
     rows = [_row(record) for record in records]
     write_summary(config.folder, records, f"{config.name}: top-1 of {config.model}", rows)
     save_figure(plot_curves(config), config.folder / "curves.png")
+    reports = {(f"{_INITS[r['init']]}, {r['kernel']} kernels", r["conv"]): r["geometry"] for r in records}
+    save_figure(plot_geometry(reports, _COLOURS), config.folder / "geometry.png")
     print_table(rows, f"{config.name}: {config.folder}")
     return records

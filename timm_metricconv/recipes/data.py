@@ -1,33 +1,50 @@
-"""Data sets: an image folder, every name of timm's `create_dataset`, and two that scikit packages carry."""
+"""Data sets: an image folder, every name of timm's `create_dataset`, and some that Python packages and Debian carry."""
 
+import gzip
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from PIL import Image
 from pydantic import NonNegativeInt, PositiveInt
 from timm.data import create_dataset, create_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
-from .config import ConfigError, option
+from .augmentation import Warp
+from .config import ConfigError, build, option
 
-CIFAR_STATISTICS = {
+STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion-mnist": ((0.2860,) * 3, (0.3530,) * 3),
 }
+# Our names of torchvision's data sets.
+TORCHVISION = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100", "fashion-mnist": "torch/fashion_mnist"}
+# Where Debian's package dataset-fashion-mnist puts its files.
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# So many images of a folder are decoded before training begins, some seconds' work: all of them, or spread evenly.
+CHECKED_IMAGES = 2000
 
 
 @dataclass
 class DataConfig:
     """What the images are and how they are shown to a network."""
 
-    data: str = option("digits", "digits[/FIRST-LAST], textures, cifar10, cifar100, a folder, or a timm dataset name")
+    data: str = option("digits", "digits[/FIRST-LAST], textures, fashion-mnist, cifar10, cifar100, a folder, or timm's")
     data_dir: str = option("data", "root that timm and torchvision download to and read from")
     num_classes: NonNegativeInt = option(0, "number of classes; 0 asks the data set")
     input_size: NonNegativeInt = option(0, "images are resized to this; 0 takes the model's own size")
-    mean: List[float] = option([], "by default the data set's (CIFAR) or the model's")
+    train_images: NonNegativeInt = option(0, "train on so many, drawn by the run's seed, each class alike; 0: on all")
+    val_images: NonNegativeInt = option(0, "validate on so many, the same for every seed; 0: on all")
+    warp: Dict[str, Any] = option({}, "random warps: rotation, scale, stretch, perspective, elastic")
+    val_warp: Dict[str, Any] = option({}, "what is otherwise on the validation images, each warped once and for all")
+    mean: List[float] = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
     std: List[float] = option([], "likewise")
     scale: List[float] = option([0.08, 1.0], "area range of RandomResizedCrop")
     ratio: List[float] = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
@@ -54,6 +71,47 @@ class ArrayDataset(Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         image = Image.fromarray(self.images[index]).convert("RGB")
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+class View(Dataset):
+    """Some images of a data set, each warped; timm's loader sets `transform`, which comes after the warp.
+
+    Args:
+        dataset: Images and labels, by index.
+        indices: Which images; by default all.
+        warp: How they are warped.
+        least: Images with a shorter edge are enlarged to it before they are warped, so that a warp loses nothing.
+        frozen: The warp of an image follows from its index in `dataset` alone: the same in every epoch and process.
+    """
+
+    def __init__(
+        self, dataset: Dataset, indices: Optional[Sequence[int]], warp: Warp, least: int = 0, frozen: bool = False
+    ):
+        self.dataset, self.warp, self.least, self.frozen = dataset, warp, least, frozen
+        self.indices = range(len(dataset)) if indices is None else indices
+        self.classes = _classes(dataset)
+        self.transform: Optional[Callable] = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        index = int(self.indices[index])
+        image, label = self.dataset[index]
+        if not self.warp.idle:
+            image = self._warped(image.convert("RGB"), index)
+        return (self.transform(image) if self.transform else image), label
+
+    def _warped(self, image: Image.Image, index: int) -> Image.Image:
+        if min(image.size) < self.least:
+            larger = self.least / min(image.size)
+            image = image.resize([round(edge * larger) for edge in image.size], Image.Resampling.BICUBIC)
+        if not self.frozen:
+            return self.warp(image)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the accelerators as well, and they are not put back
+            torch.default_generator.manual_seed(index)
+            return self.warp(image)
 
 
 def _digits(classes: str, train: bool) -> ArrayDataset:
@@ -90,28 +148,44 @@ def _textures(train: bool, size: int = 32) -> ArrayDataset:
     return ArrayDataset(np.stack(images), labels, 3)
 
 
+def _fashion_mnist(folder: Path, train: bool) -> ArrayDataset:
+    """Zalando's 70,000 pictures of clothes, 28×28, from the four files that its authors publish."""
+    prefix = folder / ("train" if train else "t10k")
+    images, labels = (
+        np.frombuffer(gzip.decompress(Path(f"{prefix}-{file}-ubyte.gz").read_bytes()), np.uint8, offset=header)
+        for file, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    return ArrayDataset(images.reshape(-1, 28, 28), labels.tolist(), 10)
+
+
 def _dataset(config: DataConfig, train: bool) -> Dataset:
     name, _, part = config.data.partition("/")
     if name == "digits":
         return _digits(part, train)
     if config.data == "textures":
         return _textures(train)
+    if config.data == "fashion-mnist" and FASHION_MNIST.is_dir():
+        return _fashion_mnist(FASHION_MNIST, train)
     split = "train" if train else "validation"
     if Path(config.data).is_dir():
         folders = [f for f in ("train", "val", "validation") if (Path(config.data) / f).is_dir()]
         if "train" not in folders or len(folders) < 2:
             raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
-        return create_dataset("", root=config.data, split=split)
-    known = config.data in CIFAR_STATISTICS
+        try:
+            return create_dataset("", root=config.data, split=split)
+        except RuntimeError as error:  # timm's, where there is no image
+            raise ConfigError(f"data: {config.data!r}: {error}") from None
+    known = TORCHVISION.get(config.data)
     if (not known and "/" not in config.data) or config.data.startswith((".", "/")):
         raise ConfigError(
-            f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, textures, cifar10, "
-            "cifar100). A data set of timm's create_dataset has a prefix: torch/…, hfds/…, hfids/…, wds/…, tfds/…"
+            f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, textures, "
+            "fashion-mnist, cifar10, cifar100). A data set of timm's create_dataset has a prefix: torch/…, hfds/…, "
+            "hfids/…, wds/…, tfds/…"
         )
     os.makedirs(config.data_dir, exist_ok=True)
     try:
-        return create_dataset(
-            f"torch/{config.data}" if known else config.data,
+        dataset = create_dataset(
+            known or config.data,
             root=config.data_dir,
             split=split,
             is_training=train,
@@ -123,22 +197,124 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
             f"data: {config.data!r} could not be read from or downloaded to data_dir={config.data_dir!r}: {error} "
             "Where there is no network, put its files there by hand."
         ) from error
+    if config.data == "fashion-mnist":  # in colour, as the networks are
+        return ArrayDataset(dataset.data.numpy(), dataset.targets.tolist(), 10)
+    return dataset
+
+
+def _classes(dataset: Dataset) -> Any:
+    """The classes that a data set knows, None if it knows none."""
+    return getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+
+
+def _labels(dataset: Dataset) -> Optional[np.ndarray]:
+    """The label of each image `[N]`, None where it cannot be told without reading the images."""
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name))
+    samples = getattr(getattr(dataset, "reader", None), "samples", None)
+    return None if samples is None else np.asarray([label for _, label in samples])
+
+
+def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` images in random order of the seed, as many of each class as its share, and of each at least one.
+
+    A smaller subset of the same seed is part of a larger one, so that curves over the number of images have no other
+    source of noise.
+
+    Args:
+        labels: The label of each image `[N]`.
+        count: From the number of classes to N.
+        seed: Of the draw.
+
+    Returns:
+        Indices `[count]`, ascending.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        # an image is as far to the front of all as it is to the front of its class; the first of each class come first
+        place[of_class] = np.arange(len(of_class)) / len(of_class)
+    return np.sort(order[np.argsort(place[order], kind="stable")[:count]])
+
+
+def _subset(key: str, dataset: Dataset, count: int, least: int, seed: int) -> Optional[np.ndarray]:
+    """Which images `train_images` or `val_images` leave; `least` of each class there must be."""
+    if count == 0:
+        return None
+    labels = _labels(dataset)
+    if labels is None:
+        raise ConfigError(f"{key}: this data set does not tell its labels without reading all images; set it to 0.")
+    classes = len(np.unique(labels))
+    if not least * classes <= count <= len(labels):
+        raise ConfigError(
+            f"{key}: expected {least * classes} ({least} for each of {classes} classes) to {len(labels)}, or 0 for "
+            f"all; got {count}."
+        )
+    return stratified_subset(labels, count, seed)
+
+
+@lru_cache
+def _check_files(files: Tuple[str, ...]) -> None:
+    """Decodes images, the JPEG ones at an eighth of their size, and refuses one that cannot be decoded."""
+
+    def problem(file: str) -> Optional[str]:
+        try:
+            with Image.open(file) as image:
+                image.draft(None, (1, 1))
+                image.load()
+        except Exception as error:  # each of Pillow's decoders has exceptions of its own
+            return f"{file}: {error}"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = [text for text in pool.map(problem, files) if text]
+    if problems:
+        more = f" ({len(problems) - 1} more cannot be read either)" if len(problems) > 1 else ""
+        raise ConfigError(f"data: an image cannot be read; remove it or put it right: {problems[0]}{more}")
+
+
+def _check(config: DataConfig, train: Dataset, val: Dataset) -> None:
+    """Refuses what would end in a traceback during training, or in a number that means nothing."""
+    readers = [getattr(dataset, "reader", None) for dataset in (train, val)]
+    names: Dict[int, str] = {}
+    if all(isinstance(reader, ReaderImageFolder) for reader in readers):
+        known = [set(reader.class_to_idx) for reader in readers]
+        for split, missing in (("validation", known[0] - known[1]), ("training", known[1] - known[0])):
+            if missing:  # timm numbers the classes of each folder on its own, so the labels would not match either
+                first = ", ".join(sorted(missing)[:5])
+                raise ConfigError(f"data: {config.data!r} has no {split} image of class {first}.")
+        names = {number: name for name, number in readers[0].class_to_idx.items()}
+    labels = _labels(train), _labels(val)
+    if labels[0] is not None and labels[1] is not None:
+        absent = np.setdiff1d(labels[0], labels[1])
+        if len(absent):
+            raise ConfigError(f"data: {config.data!r} has no validation image of class {absent[0]}.")
+        classes, counts = np.unique(labels[0], return_counts=True)
+        if counts.min() < 2:
+            label = int(classes[counts.argmin()])
+            raise ConfigError(
+                f"data: {config.data!r} has one training image of class {names.get(label, label)}; it takes two."
+            )
+    for reader in readers:
+        if isinstance(reader, ReaderImageFolder):
+            _check_files(tuple(file for file, _ in reader.samples[:: -(-len(reader) // CHECKED_IMAGES)]))
 
 
 def class_count(config: DataConfig, dataset: Dataset) -> int:
     """`num_classes`, or what the data set knows."""
     if config.num_classes:
         return config.num_classes
-    reader = getattr(dataset, "reader", None)
-    classes = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
+    classes = _classes(dataset)
     if not classes:
         raise ConfigError(f"num_classes: {config.data!r} does not tell how many classes it has; set it.")
     return len(classes)
 
 
 def normalisation(config: DataConfig, pretrained_cfg: dict) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """(mean, std): the configured, else CIFAR's, else the model's."""
-    theirs = CIFAR_STATISTICS.get(config.data, (pretrained_cfg["mean"], pretrained_cfg["std"]))
+    """(mean, std): the configured, else those of `STATISTICS`, else the model's."""
+    theirs = STATISTICS.get(config.data, (pretrained_cfg["mean"], pretrained_cfg["std"]))
     return tuple(config.mean or theirs[0]), tuple(config.std or theirs[1])
 
 
@@ -152,13 +328,30 @@ def image_size(config: DataConfig, pretrained_cfg: dict) -> int:
     return config.input_size or pretrained_cfg["input_size"][-1]
 
 
-def make_datasets(config: DataConfig) -> Tuple[Dataset, Dataset]:
+def make_datasets(config: DataConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
     """(training, validation) data sets.
 
+    Args:
+        config: The data, how many images of it, and their warps.
+        seed: Draws the training subset (`train_images`); the validation subset and its warps know no seed.
+
     Raises:
-        ConfigError: The data cannot be had; the message says what to do.
+        ConfigError: The data cannot be had or cannot be trained on; the message says what to do.
     """
-    return _dataset(config, True), _dataset(config, False)
+    train, val = _dataset(config, True), _dataset(config, False)
+    _check(config, train, val)
+    warp = build(Warp, config.warp, where="warp")
+    val_warp = build(Warp, {**config.warp, **config.val_warp}, where="val_warp")
+    if isinstance(train, torch.utils.data.IterableDataset):
+        if config.train_images or config.val_images or not (warp.idle and val_warp.idle):
+            raise ConfigError(f"data: {config.data!r} is a stream: it has no subsets and no warps.")
+        return train, val
+    if config.train_images or not warp.idle:
+        train = View(train, _subset("train_images", train, config.train_images, 2, seed), warp, config.input_size)
+    if config.val_images or not val_warp.idle:
+        chosen = _subset("val_images", val, config.val_images, 1, 0)
+        val = View(val, chosen, val_warp, config.input_size, frozen=True)
+    return train, val
 
 
 def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, train: bool) -> DataLoader:

@@ -44,11 +44,19 @@ def _text(value: Any) -> str:
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """Records as CSV; a list becomes one cell of numbers separated by spaces."""
+    """Records as CSV: a list is one cell of numbers separated by spaces; of a dictionary each number has a column."""
+    nested = {key for record in records for key, value in record.items() if isinstance(value, dict)}
+    rows: List[Record] = [{} for _ in records]
+    for row, record in zip(rows, records, strict=True):
+        for key, value in record.items():
+            if key in nested:  # what lies deeper is left to the JSON file
+                row.update({f"{key}.{k}": v for k, v in (value or {}).items() if not isinstance(v, dict)})
+            else:
+                row[key] = " ".join(map(str, value)) if isinstance(value, list) else value
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    writer.writerows(rows)
     return out.getvalue()
 
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError, build, option
 from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
+from .diagnosis import diagnose, sample_images
 from .network import NetworkConfig, build_model, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, write_atomic
 from .run import RunConfig, check_same_run, progress, read_curves, write_config
@@ -213,7 +214,7 @@ class _Trainer:
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)
         with self.accelerator.main_process_first():  # one process downloads
-            train_set, val_set = make_datasets(config)
+            train_set, val_set = make_datasets(config, config.seed)
         classes = class_count(config, train_set)
         model = build_model(config, classes)
         if prepare is not None:
@@ -331,7 +332,8 @@ def train(
         prepare: Called with the new network before training, e.g. to freeze parts of it.
 
     Returns:
-        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds.
+        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds,
+        geometry (see `diagnose`).
 
     Raises:
         ConfigError: The configuration cannot be used, or the folder holds another run.
@@ -358,11 +360,12 @@ def train(
             if not quiet:
                 _print_epoch(rows[-1])
         checkpoints.save(epoch + 1)
-    summary = _summary(config, trainer.bare, rows)
+    network, images = trainer.ema.module if trainer.ema else trainer.bare, sample_images(trainer.val_loader)
+    summary = {**_summary(config, trainer.bare, rows), "geometry": diagnose(network, images)}
     if trainer.main:
         write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not quiet:
-            print_table([summary], f"{config.name}: {folder}")
+            print_table([{k: v for k, v in summary.items() if k != "geometry"}], f"{config.name}: {folder}")
     trainer.accelerator.free_memory()
     return summary
 

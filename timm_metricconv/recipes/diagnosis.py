@@ -1,0 +1,177 @@
+"""What the geometry of a trained network does, layer by layer: it did not adapt, it adapted, or it ran away."""
+
+import itertools
+from typing import Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..geometry import fit_randers
+from ..layers import BallConv2d, MetricConv2d
+
+# Pixels a side of a feature map that the fit of implicit metrics looks at.
+FITTED = 8
+# What is drawn, with its label.
+QUANTITIES = {
+    "displacement": "displacement (px)",
+    "outside": "share outside the image",
+    "anisotropy": "anisotropy",
+    "asymmetry": "asymmetry",
+    "residual": "implicit-metric residual",
+}
+
+Diagnosis = Dict[str, Dict[str, float]]
+
+
+def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
+    """`count` images of a loader's data set, spread evenly (they are often sorted by class): `[count, C, H, W]`."""
+    dataset = loader.dataset
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return torch.stack([image for image, _ in itertools.islice(iter(dataset), count)])
+    indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
+    return torch.stack([dataset[index][0] for index in indices])
+
+
+def _summarise(name: str, values: Tensor) -> Dict[str, float]:
+    return {name: values.double().mean().item(), f"{name}_std": values.double().std(correction=0).item()}
+
+
+def _outside(layer: BallConv2d, x: Tensor, positions: Tensor) -> float:
+    """Share of positions `[B, K, 2, H_out, W_out]` beyond the edge of the image, half a pixel from its last centres."""
+    away = torch.zeros_like(positions[:, :, 0], dtype=torch.bool)
+    for axis in (0, 1):
+        side = 1 - axis  # (y, x) in what torch calls stride, padding, ...
+        stride, padding, dilation = layer.stride[side], layer.padding[side], layer.dilation[side]
+        steps = torch.arange(positions.shape[3 + side], device=x.device, dtype=positions.dtype)
+        centre = steps * stride - padding + dilation * (layer.kernel_size[side] - 1) / 2
+        where = positions[:, :, axis] + (centre if axis == 0 else centre[:, None])
+        away |= (where < -0.5) | (where > x.shape[2 + side] - 0.5)
+    return away.double().mean().item()
+
+
+def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
+    """Anisotropy sqrt(λ_max / λ_min) of M and asymmetry ‖ω‖_{M⁻¹}, over images, pixels and metric groups."""
+    metric, omega = (tensor.double() for tensor in layer.metric(x))
+    (a, b), (_, d) = (row.unbind(-3) for row in metric.unbind(-4))
+    wx, wy = omega.unbind(-3)
+    mean, half = (a + d) / 2, torch.hypot((a - d) / 2, b)
+    largest, smallest = mean + half, (mean - half).clamp(min=1e-12)
+    norm = ((d * wx * wx - 2 * b * wx * wy + a * wy * wy) / (largest * smallest)).sqrt()
+    return {**_summarise("anisotropy", (largest / smallest).sqrt()), **_summarise("asymmetry", norm)}
+
+
+def _residual(points: Tensor, positions: Tensor) -> Dict[str, float]:
+    """How far the samples are from those of any metric, at some pixels; nothing for a kernel of one tap."""
+    radii = torch.linalg.vector_norm(points, dim=-1)
+    if not radii.any():
+        return {}
+    steps = [-(-size // FITTED) for size in positions.shape[3:]]
+    thin = positions[..., :: steps[0], :: steps[1]].unflatten(1, (-1, len(radii))).flatten(0, 1)
+    return _summarise("residual", fit_randers(thin, radii).residual)
+
+
+@torch.no_grad()
+def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
+    """Geometry of every adaptive layer on some images.
+
+    Args:
+        model: Any network; it is run once, in evaluation mode.
+        images: `[B, C, H, W]`, as the network gets them.
+
+    Returns:
+        For each adaptive layer, in the order in which they run, by its name:
+
+        - `displacement`, `displacement_std`: distance of the samples from the pattern at rest (of a lattice: from the
+          standard convolution's taps), in pixels of the layer's input.
+        - `outside`, `outside_at_rest`: share of the samples that lie beyond the edge of the layer's input, and that of
+          the pattern at rest, which has some where the input is padded.
+        - of metric layers `anisotropy` (≥ 1), `asymmetry` (in [0, 1)), each with `_std`: see `geometry`.
+        - of the other layers `residual` (0 to 1), `residual_std`: what no Randers metric explains of the samples
+          (`geometry.fit_randers`).
+
+        Means and spreads are over images, pixels and samples. Empty for a network without adaptive layers.
+    """
+    report: Diagnosis = {}
+
+    def look(layer: BallConv2d, name: str, x: Tensor) -> None:
+        points = layer.points.reshape(-1, 2)
+        positions = layer.positions(x)
+        rest = points.repeat(positions.shape[1] // len(points), 1)[None, :, :, None, None].to(positions)
+        report[name] = {
+            **_summarise("displacement", torch.linalg.vector_norm(positions - rest, dim=2)),
+            "outside": _outside(layer, x, positions),
+            "outside_at_rest": _outside(layer, x, rest.expand_as(positions)),
+            **(_shape(layer, x) if isinstance(layer, MetricConv2d) else _residual(points, positions)),
+        }
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BallConv2d)]
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: look(layer, name, inputs[0]))
+        for name, layer in layers
+    ]
+    training = model.training
+    try:
+        model.eval()(images.to(next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return report
+
+
+def mean_diagnosis(reports: List[Diagnosis]) -> Diagnosis:
+    """The mean of several networks' diagnoses, layer by layer (of one architecture, from several seeds)."""
+    return {
+        layer: {key: sum(report[layer][key] for report in reports) / len(reports) for key in numbers}
+        for layer, numbers in (reports[0] if reports else {}).items()
+    }
+
+
+def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mapping[str, str]):
+    """A column for each setting, a row for each quantity, a line for each convolution over the layers as they run.
+
+    A layer without displacement did not adapt. One far above the dotted line, a pixel, or whose samples lie outside the
+    image much more than at rest (dashed), ran away. Bands are one standard deviation.
+
+    Args:
+        diagnoses: By (setting, convolution); a setting is a column's title. Empty ones are not drawn.
+        colours: Of each convolution.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {key: report for key, report in diagnoses.items() if report}
+    settings = list(dict.fromkeys(setting for setting, _ in shown)) or [""]
+    known = {name for report in shown.values() for numbers in report.values() for name in numbers}
+    rows = [name for name in QUANTITIES if name in known] or ["displacement"]
+    figure = Figure(figsize=(1 + 4 * len(settings), 1 + 1.8 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(settings), squeeze=False, sharex="col", sharey="row")
+    for column, setting in enumerate(settings):
+        reports = {conv: report for (name, conv), report in shown.items() if name == setting}
+        layers = list(dict.fromkeys(layer for report in reports.values() for layer in report))
+        panels[0][column].set_title(setting)
+        for name, axes in zip(rows, panels[:, column], strict=True):
+            for conv, report in reports.items():
+                numbers = {layer: values for layer, values in report.items() if name in values}
+                places = [layers.index(layer) for layer in numbers]
+                means = torch.tensor([values[name] for values in numbers.values()])
+                spread = torch.tensor([values.get(f"{name}_std", 0.0) for values in numbers.values()])
+                colour = colours.get(conv)
+                axes.plot(places, means, marker="o", markersize=4, color=colour, label=conv)
+                axes.fill_between(places, (means - spread).clamp(min=0), means + spread, color=colour, alpha=0.15, lw=0)
+                if name == "outside":
+                    at_rest = [values["outside_at_rest"] for values in numbers.values()]
+                    axes.plot(places, at_rest, color="black", linestyle="--", lw=1)
+            if name == "displacement":
+                axes.set_yscale("symlog", linthresh=0.1)
+                axes.axhline(1, color="black", linestyle=":", lw=1)
+            axes.set_xticks(range(len(layers)), layers, rotation=90)
+            axes.grid(alpha=0.3)
+    for name, axes in zip(rows, panels[:, 0], strict=True):
+        axes.set_ylabel(QUANTITIES[name])
+    if shown:
+        panels[0][0].legend(loc="upper left")
+    return figure
