@@ -178,8 +178,8 @@ class Launcher:
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 1
 
     def options(self, warps: int, stages: int = 1, registers: Optional[int] = None) -> dict:
-        """The compiler's options; only NVIDIA's takes a limit to a thread's registers."""
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        """The compiler's options, for warps of 32 threads. AMD's have 64; only NVIDIA's takes a limit of registers."""
+        options = {"num_warps": warps // 2 if self.hip else warps, "num_stages": stages, "enable_fp_fusion": True}
         return options if registers is None or self.hip else {**options, "maxnreg": registers}
 
     def __call__(self, kernel: Any, grid: Tuple[int, ...], *arguments: Any, **settings: Any) -> None:

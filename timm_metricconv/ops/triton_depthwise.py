@@ -237,9 +237,8 @@ class Depthwise:
         block_c = min(self.ball & -self.ball, 64)
         if block_c < 8:
             block_c = min(triton.next_power_of_2(self.ball), 64)
-        threads = 4 * (64 if self.launch.hip else 32)
         return {
-            "BLOCK_M": max(min(8 * threads // block_c, 128), 2 * WIDE),
+            "BLOCK_M": min(1024 // block_c, 128),
             "BLOCK_C": block_c,
             "WIDE": WIDE,
             **self.launch.options(warps, registers=registers),

@@ -280,7 +280,7 @@ class _Dense:
         block_n, block_c = _power(self.out_group, most_n // self.wide), _power(self.unit, max(most_c // self.wide, 16))
         return {
             "DOT": tl.float32 if INTERPRETED else dtype,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if tf32 and not self.launch.hip else "ieee",
             "BLOCK_M": 64 // self.wide,
             "BLOCK_N": block_n,
             "BLOCK_C": block_c,

@@ -27,8 +27,8 @@ class Processor(NamedTuple):
     """What programs share on one multiprocessor.
 
     Attributes:
-        registers: 32-bit registers of a lane of each of its four schedulers, times the lanes of a warp.
-        granule: Registers of a warp are handed out in multiples of this.
+        registers: What each of its four schedulers has, of 32 bits.
+        granule: A warp gets a multiple of this.
         warps: The most for one scheduler.
         shared: Bytes of shared memory.
         reserved: Bytes of it that each program loses to the system.
@@ -139,7 +139,9 @@ class Compiler(Launcher):
             name, value = parameter.name, values[parameter.name]
             special = not (parameter.is_constexpr or parameter.do_not_specialize)
             if isinstance(value, torch.Tensor):
-                signature[name], attributes[(i,)] = "*" + POINTERS[value.dtype], [["tt.divisibility", 16]]
+                # AMD's driver also says that a tensor is smaller than 2 GB
+                within = [["tt.pointer_range", 32]] if self.hip else []
+                signature[name], attributes[(i,)] = "*" + POINTERS[value.dtype], [["tt.divisibility", 16], *within]
             elif parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 signature[name], constants[(i,)] = "constexpr", value
             else:
