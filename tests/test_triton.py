@@ -10,6 +10,8 @@ import torch
 
 from timm_metricconv.ops import BACKENDS
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 
 def test_parity():
     pytest.importorskip("triton")

@@ -164,7 +164,7 @@ class BallConv2d(nn.Module):
         """Initialises the predictor alone: zero, or the paper's 1e-6, with bias zero."""
         if self.predictor is not None:
             nn.init.constant_(self.predictor.weight, 1e-6 if self.init == "paper" else 0.0)
-            nn.init.zeros_(self.predictor.bias)
+            nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **conv_cfg) -> "BallConv2d":
@@ -248,7 +248,15 @@ class BallConv2d(nn.Module):
         samples, mask = self.samples(raw), self.density(raw)
         if torch.jit.is_scripting():
             return ball_conv2d_reference(  # TorchScript makes lists of the pairs
-                x, samples, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
+                x,
+                samples,
+                self.weight,
+                self.bias,
+                mask,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,  # type: ignore[arg-type]
             )
         return self._convolve(x, samples, mask)
 
