@@ -1,6 +1,7 @@
 """torch.compile, torch.export, ONNX and AOTInductor: one program for every batch and image size, equal to eager."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def test_every_layer_is_one_deform_conv_in_onnx(tmp_path):
     others = [
         MetricConv2d(8, 4, 3, stride=2, groups=4, metric_groups=2, modulated=True, backend="torchvision", **paper),
         MetricConv2d(8, 4, 5, stride=2, groups=2, metric_groups=4, pattern="polar", backend="torchvision"),
+        MetricConv2d(8, 4, 3, stride=2, ball="geodesic", backend="torchvision"),
         DeformConv2d(8, 8, 3, stride=2, dilation=2, groups=8, metric_groups=2, modulated=True, backend="torchvision"),
         DeformConv2d(8, 4, 3, stride=2, bias=False, backend="torchvision"),
     ]
@@ -252,9 +254,10 @@ def test_aoti_package_runs_in_a_fresh_process(backend, tmp_path):
         torch.testing.assert_close(result, model(image), rtol=1e-4, atol=1e-5)
 
 
-def test_the_fast_operator_stays_in_a_program_that_is_not_portable(saved, tmp_path):
+def test_the_fast_operator_stays_in_a_program_that_is_not_portable(saved, tmp_path, capsys):
     path, name = tmp_path / "model.pt2", saved("metric")
-    export(ExportConfig(model=name, format="export", output=str(path), image_size=48, portable=False))
+    export(ExportConfig(model=name, format="export", output=str(path), image_size=48, portable=False, time=True))
+    assert re.search(r"^export [\d.]+ ms, network [\d.]+ ms .*times$", capsys.readouterr().out, re.MULTILINE)
     program = torch.export.load(path)
     fast = [node for node in program.graph.nodes if str(node.target) == "timm_metricconv.gather_conv2d.default"]
     model = timm.create_model(name, pretrained=True).eval()
