@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -34,12 +35,12 @@ class ExportConfig:
     checkpoint: Optional[str] = option(None, "load this .safetensors file")
     format: Literal["onnx", "export", "aoti"] = option("onnx", "onnx, export (torch.export) or aoti (AOTInductor)")
     output: Optional[str] = option(None, "file to write; by default <model>.onnx or <model>.pt2")
-    image_size: Optional[int] = option(None, "height and width of the example; by default the model's own")
+    image_size: Optional[PositiveInt] = option(None, "height and width of the example; by default the model's own")
     dynamic: bool = option(True, "batch and image size may change afterwards")
     half: bool = option(False, "float16 weights and images; positions stay float32")
     portable: Optional[bool] = option(None, "ordinary operators alone; by default false for onnx, which has DeformConv")
     opset: int = option(20, "ONNX operator set, 19 or later (18 where portable)")
-    tolerance: float = option(1e-4, "largest difference from the network, relative to its largest output")
+    tolerance: NonNegativeFloat = option(1e-4, "largest difference from the network, relative to its largest output")
     time: bool = option(False, "print what one image takes, and what it takes the network")
 
     @property
