@@ -81,8 +81,9 @@ def _randomise(module: nn.Module) -> nn.Module:
     """Trained-looking predictors: offsets of about a pixel, so no sample sits on the lattice."""
     generator = torch.Generator().manual_seed(0)
     for layer in module.modules():
-        if isinstance(layer, BallConv2d) and layer.predictor is not None:
-            weight = layer.predictor.weight
+        head = layer.predictor_head() if isinstance(layer, BallConv2d) else None
+        if head is not None:
+            weight = head.weight
             values = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
             weight.data.copy_(values.to(weight.dtype))
     return module

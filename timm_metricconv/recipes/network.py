@@ -133,12 +133,12 @@ def is_predictor(name: str) -> bool:
 
 
 def predictor_regulariser(model: nn.Module) -> Tensor:
-    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts)."""
-    terms = [
-        sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
-        for layer in adaptive_layers(model)
-        if layer.predictor is not None
-    ]
+    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts).
+
+    Of a separable predictor it means the 1×1 convolution: with both of its parts at zero neither would learn again.
+    """
+    heads = [layer.predictor_head() for layer in adaptive_layers(model)]
+    terms = [sum(parameter.abs().mean() for parameter in head.parameters()) / 2 for head in heads if head is not None]
     return torch.stack(terms).mean() if terms else torch.zeros(())
 
 
