@@ -488,14 +488,14 @@ def test_a_block_with_dynamic_weights_learns():
     block, x = DynamicBlock(8, 2), torch.randn(2, 8, 6, 6)
     target = x.roll(1, 3).tanh()
     start = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    optimizer, losses = torch.optim.Adam(block.parameters(), 3e-3), []
+    optimizer, losses = torch.optim.Adam(block.parameters(), 0.02), []
     for _ in range(20):
         loss = (block(x) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0] and losses[1] < losses[0]
+    assert losses[-1] < 0.5 * losses[0], losses
     assert all(not torch.equal(parameter, start[name]) for name, parameter in block.named_parameters())
 
 

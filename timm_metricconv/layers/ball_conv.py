@@ -140,15 +140,15 @@ class BallConv2d(nn.Module):
         c = self.in_channels
         if not self.separable_predictor:
             return nn.Conv2d(c, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd)
-        # the window is centred as the kernel: −padding + dilation·(3 − 1)/2 is the layer's −padding + dilation·(k − 1)/2
+        # centred as the kernel: −padding + dilation·(3 − 1)/2 here is −padding + dilation·(k − 1)/2 there
         k, padding = self.kernel_size[0], []
         for pad, dilation in zip(self.padding, self.dilation, strict=True):
             excess = dilation * (k - 3)
             if excess % 2 or 2 * pad < excess:
                 raise ValueError(
                     f"separable_predictor=True: no 3×3 window is centred as kernel_size={k} with "
-                    f"padding={self.padding}, dilation={self.dilation}; expected dilation·(k − 1) even and padding of at "
-                    "least dilation·(k − 3)/2."
+                    f"padding={self.padding}, dilation={self.dilation}; expected dilation·(k − 1) even and padding of "
+                    "at least dilation·(k − 3)/2."
                 )
             padding.append(pad - excess // 2)
         depthwise = nn.Conv2d(c, c, 3, self.stride, tuple(padding), self.dilation, groups=c, bias=False, **dd)

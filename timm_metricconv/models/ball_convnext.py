@@ -68,7 +68,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
         try:
             state_dict = convnext.checkpoint_filter_fn(state_dict, model)
         except KeyError as error:
-            raise RuntimeError(f"The checkpoint does not fit {type(model).__name__}: unknown: {error.args[0]}") from error
+            raise RuntimeError(
+                f"The checkpoint does not fit {type(model).__name__}: unknown: {error.args[0]}"
+            ) from error
     return checkpoints.checkpoint_filter_fn(state_dict, model)
 
 
@@ -83,8 +85,8 @@ _SIZES: Dict[str, Dict[str, Any]] = {
     "test_convnext": {"depths": (1, 2, 4, 2), "dims": (24, 32, 48, 64), "norm_eps": 1e-5, "act_layer": "gelu_tanh"},
 }
 FAMILIES = ("metric", "deform")
+FEATURES = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}  # as timm's ConvNeXt
 
 default_cfgs = standard_cfgs(convnext, _SIZES, FAMILIES)
 __all__: List[str] = ["BallConvNeXt"]
-# stages, not their parts, are what timm's feature extractor takes out of this network
-register(__name__, BallConvNeXt, _SIZES, FAMILIES, feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
+register(__name__, BallConvNeXt, _SIZES, FAMILIES, checkpoint_filter_fn, FEATURES)

@@ -27,6 +27,7 @@ PAPER: Dict[str, Any] = {
     },
 }
 
+
 class BallResNet(resnet.ResNet):
     """A timm ResNet whose k×k convolutions in `stages` are metric, deformable or shifted.
 
@@ -122,4 +123,4 @@ FAMILIES = ("metric", "deform", "shifted")
 
 default_cfgs = standard_cfgs(resnet, _BLOCKS, FAMILIES)
 __all__: List[str] = ["PAPER", "BallResNet"]
-register(__name__, BallResNet, _BLOCKS, FAMILIES)
+register(__name__, BallResNet, _BLOCKS, FAMILIES, checkpoint_filter_fn)

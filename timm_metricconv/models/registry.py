@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from timm.models import register_model
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
-from torch import nn
+from torch import Tensor, nn
 
 # What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
 METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale")
@@ -84,23 +84,24 @@ def register(
     network: Type[nn.Module],
     architectures: Dict[str, Dict[str, Any]],
     convs: Sequence[str],
+    checkpoint_filter_fn: Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]],
     feature_cfg: Optional[Dict[str, Any]] = None,
 ) -> None:
     """Registers `<architecture>_<conv>` in timm, each an entry point in the backbone's module.
 
     Args:
-        module: `__name__` of that module; it has `default_cfgs` and `checkpoint_filter_fn` already.
+        module: `__name__` of that module; it has its `default_cfgs` already.
         network: Class of the networks; it takes `conv`.
         architectures: Name → arguments of the class.
         convs: Names of our convolutions.
+        checkpoint_filter_fn: What every checkpoint passes; recipes look for it under this name in the module.
         feature_cfg: Of `build_model_with_cfg`.
     """
-    own = vars(sys.modules[module])
 
     def entry_point(name: str, defaults: Dict[str, Any]) -> Callable[..., nn.Module]:
         def make(pretrained: bool = False, **kwargs) -> nn.Module:
-            kwargs["pretrained_filter_fn"] = own["checkpoint_filter_fn"]
-            # timm takes what it has read out of feature_cfg
+            kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
+            # a copy, because timm removes what it has read
             return create(network, name, pretrained, feature_cfg=dict(feature_cfg or {}), **{**defaults, **kwargs})
 
         # by these two timm knows a model and its module
@@ -111,4 +112,4 @@ def register(
         for conv in convs:
             make = entry_point(f"{architecture}_{conv}", {**arguments, "conv": conv})
             make.__doc__ = f"timm's {architecture} with {conv} convolutions; arguments of `{network.__name__}`."
-            own[make.__name__] = register_model(make)
+            setattr(sys.modules[module], make.__name__, register_model(make))
