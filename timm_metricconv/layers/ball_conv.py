@@ -1,7 +1,7 @@
 """The convolution that all of the family shares: a ball gives samples, one op takes them."""
 
 import math
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,9 @@ class BallConv2d(nn.Module):
 
     def predictor_head(self) -> Optional[nn.Conv2d]:
         """The convolution that gives the raw channels: the predictor, or the 1×1 of a separable one."""
-        return self.predictor[1] if isinstance(self.predictor, nn.Sequential) else self.predictor
+        if isinstance(self.predictor, nn.Sequential):
+            return cast(nn.Conv2d, self.predictor[1])
+        return self.predictor
 
     def _tabulate(self) -> None:
         """(Re)makes the pattern's points on the device of the kernel, in float32 at least: never rounded to bf16."""
