@@ -39,6 +39,7 @@ def tiny(tmp_path, **changes) -> CompareConfig:
     return CompareConfig(**values)
 
 
+@pytest.mark.slow
 def test_table_resume_and_kernels(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     train, calls = launch.train, []

@@ -162,6 +162,7 @@ print(*[step(kind, int(k)) for k in sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 @pytest.mark.parametrize("kind", ["metric", "deform"])
 def test_memory_does_not_grow_with_the_kernel(kind):

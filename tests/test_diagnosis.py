@@ -110,3 +110,16 @@ def test_picture_and_mean():
     assert [axis.get_title() for axis in axes[:2]] == ["scratch", "transfer"]
     assert list(axes[0].lines[0].get_ydata()) == pytest.approx([n["displacement"] for n in far.values()])
     assert len(plot_geometry({("scratch", "standard"): {}}, {}).axes) == 1  # nothing adaptive: an empty panel
+
+
+def test_metric_groups_count_alike():
+    """Two groups of channels, one at rest and one moved: the mean is half of the moved one's."""
+    one, two = MetricConv2d(4, 4, 3), MetricConv2d(4, 4, 3, metric_groups=2)
+    raw = torch.tensor([0.2, 0.3, -0.4, 0.6, 0.8])
+    with torch.no_grad():
+        one.predictor.bias.copy_(raw)
+        two.predictor.bias.copy_(torch.cat((torch.zeros(5), raw)))
+    x = torch.randn(2, 4, 12, 16)
+    alone, both = (diagnose(nn.Sequential(layer), x)["0"] for layer in (one, two))
+    for key, rest in (("displacement", 0), ("anisotropy", 1), ("asymmetry", 0), ("outside", alone["outside_at_rest"])):
+        assert both[key] == pytest.approx((alone[key] + rest) / 2, rel=1e-3)

@@ -44,6 +44,7 @@ def run_blocks(page):
     return namespace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=ids)
 def test_code_runs(page, tmp_path, monkeypatch):
     for package in NEEDS.get(page.stem, ()):
@@ -159,6 +160,7 @@ def test_api_page_names_what_there_is():
             assert hasattr(found, member), f"{name} has no {member}"
 
 
+@pytest.mark.slow
 def test_batch_independence_script(tmp_path, monkeypatch):
     """Its mixed ball is the page's formula, and it runs."""
     for package in ("accelerate", "rich", "sklearn"):

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -13,6 +14,8 @@ from timm_metricconv import MetricConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.hub import HubConfig, push
 
+pytestmark = pytest.mark.slow
+HUB_TRIES_AGAIN = int(huggingface_hub.__version__.split(".")[0]) >= 1
 STANDARD = "timm/test_resnet.r160_in1k"
 
 
@@ -231,9 +234,10 @@ def test_an_interrupted_download_goes_on_or_leaves_nothing_behind(hub, standard_
     assert "RuntimeError" in result.stdout and STANDARD in result.stdout, result.stdout + result.stderr
     left = [f for f in hub.home.rglob("*") if f.is_file() and f.stat().st_size > 10_000]
     assert not left
-    # it breaks once, and the client tries again
+    # it breaks once, and the client tries again (before huggingface_hub 1.0 the user does)
     hub.cuts = 1
-    assert hub.python(ERRORS, "test_resnet_metric").stdout.startswith("loaded")
+    tries = [hub.python(ERRORS, "test_resnet_metric").stdout for _ in range(1 if HUB_TRIES_AGAIN else 2)]
+    assert tries[-1].startswith("loaded")
     assert hub.cuts == 0
     # what is in the cache is whole
     assert hub.python(PRETRAINED, HF_HUB_OFFLINE="1").returncode == 0

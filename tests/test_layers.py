@@ -12,7 +12,7 @@ from torchvision.ops import deform_conv2d
 
 from timm_metricconv import LAYERS, ActiveConv2d, AffineConv2d, DeformConv2d, MetricConv2d, ShiftedConv2d
 from timm_metricconv.geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS
-from timm_metricconv.ops import BACKENDS
+from timm_metricconv.ops import BACKENDS, place
 
 PAPERS = {"parametrization": "spectral_scale", "drift": "sigmoid_norm_detach", "pattern": "onion"}
 VARIANTS = {name: (layer, {}) for name, layer in LAYERS.items()}
@@ -20,6 +20,7 @@ VARIANTS |= {f"{name}, modulated": (layer, {"modulated": True}) for name, layer 
 VARIANTS |= {f"{name}, separable": (LAYERS[name], {"separable_predictor": True}) for name in ("metric", "deform")}
 VARIANTS |= {"metric, unbounded": (MetricConv2d, {"modulated": "unbounded"})}
 VARIANTS |= {"paper's metric": (MetricConv2d, PAPERS), "Riemannian": (MetricConv2d, {"eps_omega": 1.0})}
+VARIANTS |= {"geodesic": (MetricConv2d, {"ball": "geodesic"})}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -51,6 +52,8 @@ CONVOLUTIONS = {
     "dilation": {"dilation": 3, "padding": 3},
     "groups": {"groups": 2, "padding": 1},
     "depthwise": {"groups": 4, "out_channels": 4, "padding": 1},
+    "metric groups": {"metric_groups": 2, "padding": 1},
+    "depthwise, metric groups": {"groups": 4, "metric_groups": 2, "out_channels": 4, "padding": 1},
     "even kernel": {"kernel_size": 2, "padding": 1},
     "even kernel, dilation": {"kernel_size": 4, "dilation": 2, "stride": 2, "padding": 3},
     "1x1": {"kernel_size": 1, "padding": 0},
@@ -64,11 +67,33 @@ def test_identity_start_is_conv2d(variant, case):
     arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1} | CONVOLUTIONS[case]
     if "separable" in variant and case == "even kernel":
         pytest.skip("no 3×3 window is centred between two pixels")
-    conv, x = nn.Conv2d(**arguments), torch.randn(2, 4, 11, 14)
     layer = build(variant, **arguments)
+    conv = nn.Conv2d(**{key: value for key, value in arguments.items() if key != "metric_groups"})
+    x = torch.randn(2, 4, 11, 14)
     missing, unknown = layer.load_state_dict(conv.state_dict(), strict=False)
     assert not unknown and all(re.match(r"predictor\.|offset$", key) for key in missing)
     torch.testing.assert_close(layer(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@variants
+def test_metric_groups_are_layers_side_by_side(variant):
+    """Each run of channels is read where a layer with that group's raw channels reads, and weighed as it weighs."""
+    layer, alone = bend(build(variant, 6, 6, 3, groups=6, metric_groups=3)), build(variant, 2, 2, 3, groups=2)
+    own, masks = layer.predicted, 9 * layer.modulated
+    raw = torch.randn(2, 3 * (own + masks), 5, 4)
+    positions, factors = place(layer.samples(raw)), layer.density(raw)
+    for number in range(3):
+        part = torch.cat((raw[:, own * number :][:, :own], raw[:, 3 * own + masks * number :][:, :masks]), 1)
+        if hasattr(layer, "offset"):
+            alone.offset = nn.Parameter(layer.offset[9 * number :][:9].detach())
+        taps = slice(9 * number, 9 * number + 9)
+        torch.testing.assert_close(place(alone.samples(part)), positions[:, taps])
+        if masks:
+            torch.testing.assert_close(alone.density(part), factors[:, taps])
+    assert not torch.allclose(positions[:, :9], positions[:, 9:18])
+    if isinstance(layer, MetricConv2d):
+        m, omega = layer.metric(torch.randn(2, 6, 5, 4))
+        assert m.shape == (2, 3, 2, 2, 5, 4) and omega.shape == (2, 3, 2, 5, 4)
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
@@ -357,6 +382,8 @@ def test_bad_arguments(layer, arguments, message):
         ({"parametrization": "logspf"}, "parametrization='logspf'.*logspd"),
         ({"drift": "none"}, "drift='none'.*whitened"),
         ({"pattern": "hex"}, "pattern='hex'.*lattice"),
+        ({"ball": "round"}, "ball='round'.*geodesic"),
+        ({"ball": "geodesic", "steps": 0}, "steps=0"),
         ({"eps_omega": 0}, "eps_omega=0"),
         ({"eps_omega": 1.5}, "eps_omega=1.5"),
         ({"eps_omega": math.nan}, "eps_omega=nan"),
@@ -419,14 +446,6 @@ def test_without_drift_the_ball_is_its_mirror_image():
         assert not layer.metric(x)[1].any()
         drifting = bend(MetricConv2d(4, 6, 3, eps_omega=0.1, parametrization=parametrization), 1.0)
         assert not torch.allclose(drifting.positions(x), -drifting.positions(x).flip(1), atol=1e-2)
-
-
-@pytest.mark.parametrize("eps_omega", [0.1, 1.0])
-def test_no_sample_beyond_max_radius(eps_omega):
-    layer = bend(MetricConv2d(4, 6, 3, eps_omega=eps_omega), 1e3)
-    radius = layer.positions(torch.randn(2, 4, 16, 16)).norm(dim=2).max()
-    assert layer.max_radius == pytest.approx(4 * 2**0.5 / eps_omega)
-    assert 0.5 * layer.max_radius < radius <= layer.max_radius * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("modulated", [False, True])
@@ -573,8 +592,9 @@ def test_gradcheck_through_the_layer(pattern):
 @variants
 @pytest.mark.parametrize("backend", [name for name, row in BACKENDS.items() if row.why_not("cpu", 4) is None])
 def test_backends_agree(variant, backend):
-    layer, x = bend(build(variant, 4, 6, 3, groups=2)), torch.randn(2, 4, 6, 5)
-    other = build(variant, 4, 6, 3, groups=2, backend=backend)
+    arguments = {"groups": 2, "metric_groups": 4}
+    layer, x = bend(build(variant, 4, 6, 3, **arguments)), torch.randn(2, 4, 6, 5)
+    other = build(variant, 4, 6, 3, **arguments, backend=backend)
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other(x), layer(x), rtol=1e-4, atol=1e-5)
 

@@ -17,7 +17,6 @@ from timm.models import get_pretrained_cfg, group_parameters
 from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_metricconv import LAYERS, PAPER, BallConv2d, DeformConv2d, MetricConv2d
@@ -364,20 +363,6 @@ def test_copies(name):
     x = torch.randn(1, 3, 64, 64)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), model(x))
-
-
-@tiny
-def test_ema(name):
-    model = create(name).eval()
-    ema = ModelEmaV3(model, decay=0.5)
-    before = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    ema.update(model)
-    for key, parameter in ema.module.named_parameters():
-        torch.testing.assert_close(parameter, before[key] + 0.5, rtol=1e-5, atol=1e-5)
-    assert ema(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 ARGUMENTS = {

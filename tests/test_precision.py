@@ -107,8 +107,9 @@ def test_gradient_checkpointing(name):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_ema():
-    model = network()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ema(name):
+    model = network(name)
     ema = ModelEmaV3(model, decay=0.75)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
@@ -180,6 +181,7 @@ def _whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, way):
     if not dist.is_available() or not dist.is_gloo_available():
@@ -207,6 +209,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet_metric", "resnet18_metric"])
 def test_large_image_in_3_gb(name):
     """The peak of the whole process, libraries included."""

@@ -151,7 +151,7 @@ def bent(kind, **arguments):
     return layer
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["gather", "torchvision", "grid_sample", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["compiled", "gather", "torchvision", "grid_sample", "reference"])
 
 
 @KINDS
@@ -185,7 +185,7 @@ def test_flat_images(kind, value, size):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_raw_channels_at_1e4(parametrization, pattern, dtype):
-    """Every corner of the cube ±1e4 and the origin, through the whole layer."""
+    """Every corner of the cube ±1e4 and the origin, through the fused backend, which computes the ball by itself."""
     for drift in DRIFTS:
         layer = MetricConv2d(2, 2, 3, parametrization=parametrization, pattern=pattern, drift=drift, dtype=dtype)
         channels = layer.channels
@@ -387,8 +387,9 @@ def test_output_that_may_not_be_written(recipes, tmp_path):
         recipes["module"].train(tiny(recipes, tmp_path / "run"), quiet=True)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_previous_checkpoint(recipes, tmp_path, mount):
-    """A real file system that is full from the second epoch on. tests/test_train.py has the same with a stub."""
+    """A file system that is full from the second epoch on."""
     disk = mount("size=16m")
     whole, parted = tiny(recipes, tmp_path / "whole", epochs=3), tiny(recipes, disk / "parted", epochs=3)
     recipes["module"].train(whole, quiet=True)
@@ -415,6 +416,7 @@ def test_full_disk_leaves_the_previous_checkpoint(recipes, tmp_path, mount):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
     config = tiny(recipes, tmp_path / "run", epochs=100, workers=workers)

@@ -206,7 +206,8 @@ def layer_field(view: LayerView) -> BallField:
         m, omega = (t[0] if view.layer.metric_groups == 1 else t[0, 0] for t in view.layer.metric(view.input))
         return BallField(m.permute(2, 3, 0, 1).float().cpu(), omega.permute(1, 2, 0).float().cpu(), x, y, view.step)
     fit = fit_randers(view.positions(), view.radii)
-    return BallField(*(t[0].float().cpu() for t in fit[:2]), x, y, view.step, fit.residual[0].float().cpu())
+    m, omega, residual = (t[0].float().cpu() for t in fit)
+    return BallField(m, omega, x, y, view.step, residual)
 
 
 def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> BallField:

@@ -151,7 +151,8 @@ class BallConv2d(nn.Module):
                     "at least dilation·(k − 3)/2."
                 )
             padding.append(pad - excess // 2)
-        depthwise = nn.Conv2d(c, c, 3, self.stride, tuple(padding), self.dilation, groups=c, bias=False, **dd)
+        pads = (padding[0], padding[1])
+        depthwise = nn.Conv2d(c, c, 3, self.stride, pads, self.dilation, groups=c, bias=False, **dd)
         return nn.Sequential(depthwise, nn.Conv2d(c, channels, 1, bias=True, **dd))
 
     def predictor_head(self) -> Optional[nn.Conv2d]:
@@ -198,9 +199,9 @@ class BallConv2d(nn.Module):
         head = self.predictor_head()
         if head is not None:
             nn.init.constant_(head.weight, 1e-6 if self.init == "paper" else 0.0)
-            nn.init.zeros_(head.bias)
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         if isinstance(self.predictor, nn.Sequential):
-            self.predictor[0].reset_parameters()
+            cast(nn.Conv2d, self.predictor[0]).reset_parameters()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **conv_cfg) -> "BallConv2d":
@@ -285,7 +286,15 @@ class BallConv2d(nn.Module):
         samples, mask = self.samples(raw), self.density(raw)
         if torch.jit.is_scripting():
             return ball_conv2d_reference(  # TorchScript makes lists of the pairs
-                x, samples, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
+                x,
+                samples,
+                self.weight,
+                self.bias,
+                mask,
+                self.stride,  # type: ignore[arg-type]
+                self.padding,  # type: ignore[arg-type]
+                self.dilation,  # type: ignore[arg-type]
+                self.groups,
             )
         return self._convolve(x, samples, mask)
 

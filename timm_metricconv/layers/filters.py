@@ -57,6 +57,7 @@ class _Filter(nn.Module):
     """
 
     predicted: int
+    points: Tensor
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class _Filter(nn.Module):
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size={size}: expected (height, width).")
         self.channels, self.kernel_size, self.pattern = channels, kernel_size, pattern
-        self.size, self.samples = size if size is None else tuple(size), samples
+        self.size, self.samples = None if size is None else (size[0], size[1]), samples
         self.register_buffer("points", PATTERNS[pattern](kernel_size).to(torch.get_default_dtype()), persistent=False)
         taps = kernel_size**2 + centre
         self.weight = nn.Parameter(torch.full((channels, 1, kernel_size**2), 1 / taps), requires_grad=not fixed_kernel)
@@ -144,7 +145,7 @@ class MetricFilter2d(_Filter):
         super().__init__(channels, kernel_size, size, centre, samples, pattern, fixed_kernel)
         if self.predictor is not None:
             init_predictor(self.predictor, row, "paper", (0.1, 1.5))
-        else:
+        if self.size is not None:
             self.raw = nn.Parameter(torch.zeros(1, row.channels, *self.size))
 
     @torch.no_grad()
@@ -204,6 +205,7 @@ class ImageMetricFilter2d(nn.Module):
         **metric,
     ):
         super().__init__()
+        self.points: Tensor
         points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
         self.centre, self.samples, self.metric = centre, samples, metric
         self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
@@ -251,8 +253,8 @@ class DeformFilter2d(_Filter):
         super().__init__(channels, kernel_size, size, centre, samples, "lattice", fixed_kernel)
         if self.predictor is not None:
             nn.init.constant_(self.predictor.weight, 1e-6)
-            nn.init.zeros_(self.predictor.bias)
-        else:
+            nn.init.constant_(self.predictor.bias, 0.0)  # type: ignore[arg-type]
+        if self.size is not None:
             parts = _ranges(kernel_size**2, max(1, samples // (self.size[0] * self.size[1])))
             self.offsets = nn.ParameterList(torch.zeros(1, p.stop - p.start, 2, *self.size) for p in parts)
 
@@ -267,7 +269,7 @@ class DeformFilter2d(_Filter):
             return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2).unflatten(1, (-1, 2)).flip(2) + points
 
         rows = slice(2 * part.start, 2 * part.stop)
-        return (taps, predicted), (x, self.predictor.weight[rows], self.predictor.bias[rows])
+        return (taps, predicted), (x, *(parameter[rows] for parameter in self.predictor.parameters()))
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
         step = self.offsets[0].shape[1] if self.size else max(1, self.samples // max(1, x[:, 0].numel()))
@@ -283,4 +285,4 @@ class DeformFilter2d(_Filter):
     def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """As `MetricFilter2d.positions_at`."""
         slices = (self._slice(x, part) for part in self._parts(x))
-        return torch.cat([placed(*tensors)[..., rows, columns] for (_, placed), tensors in slices], 1)
+        return torch.cat([place(placed(*tensors))[..., rows, columns] for (_, placed), tensors in slices], 1)

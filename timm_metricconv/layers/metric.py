@@ -1,4 +1,4 @@
-"""Metric convolution: the unit tangent ball of an explicit Randers metric."""
+"""Metric convolution: the unit tangent ball, or the unit geodesic ball, of an explicit Randers metric."""
 
 import math
 from typing import Optional, Tuple, Union
@@ -7,7 +7,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, Parametrization
+from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, Parametrization, geodesic_positions
 from ..ops import Samples
 from .ball_conv import BallConv2d, IntPair, _choice
 
@@ -21,7 +21,7 @@ class MetricConv2d(BallConv2d):
     """A convolution whose samples are the unit ball of a metric that a small convolution predicts at each pixel.
 
     Source: Dagès, Lindenbaum, Bruckstein, Metric Convolutions: A Unifying Theory to Adaptive Image Convolutions (ICCV
-    2025, arXiv 2406.05400), section 4. `logspd` and `whitened` are this package's own.
+    2025, arXiv 2406.05400), section 4. `logspd`, `whitened` and the way to the geodesic ball are this package's own.
 
     Args:
         in_channels: As `nn.Conv2d`; see `BallConv2d` for all that is not named here.
@@ -37,6 +37,8 @@ class MetricConv2d(BallConv2d):
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
         eps_omega: ε_ω from 1e-4 to 1, the margin of the drift: ‖ω‖_{M⁻¹} < 1 − ε_ω. 1 means no drift (Riemannian).
         scale: (s_min, s_max) of `spectral_scale` and `spectral_scale_ratio`.
+        ball: "tangent" (the metric of the pixel alone) or "geodesic" (the metrics on the way from it, the paper's UGB).
+        steps: Of a geodesic, see `geometry.geodesic_positions`.
         metric_groups: See `BallConv2d`.
         modulated: See `BallConv2d`.
         separable_predictor: See `BallConv2d`.
@@ -51,6 +53,14 @@ class MetricConv2d(BallConv2d):
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> layer, x = MetricConv2d(8, 16, 3), torch.randn(2, 8, 32, 32)
+        >>> layer(x).shape
+        torch.Size([2, 16, 32, 32])
+        >>> layer.positions(x).shape  # where each of the 9 taps reads
+        torch.Size([2, 9, 2, 32, 32])
+        >>> M, omega = layer.metric(x)  # [2, 2, 2, 32, 32] and [2, 2, 32, 32]
     """
 
     def __init__(
@@ -69,6 +79,8 @@ class MetricConv2d(BallConv2d):
         pattern: str = "lattice",
         eps_omega: float = 0.5,
         scale: Tuple[float, float] = (0.1, 1.5),
+        ball: str = "tangent",
+        steps: int = 1,
         metric_groups: int = 1,
         modulated: Union[bool, str] = False,
         separable_predictor: bool = False,
@@ -89,6 +101,9 @@ class MetricConv2d(BallConv2d):
         self.pattern = _choice("pattern", pattern, list(PATTERNS))
         self.eps_omega, self.scale = float(eps_omega), (float(scale[0]), float(scale[1]))
         self.channels, self.eps = row.channels, row.eps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: expected a positive integer.")
+        self.ball, self.steps = _choice("ball", ball, ("tangent", "geodesic")), steps
         # plain functions, so that TorchScript can compile them
         self._to_root, self._to_drift = row.function, DRIFTS[drift]
         super().__init__(
@@ -141,10 +156,15 @@ class MetricConv2d(BallConv2d):
         return Metric(root.a, root.b, root.d, x, y)
 
     def samples(self, raw: Tensor) -> Union[Tensor, Samples]:
-        """The unit tangent balls y_j = r_j·û_j / F(û_j)."""
+        """The unit tangent balls y_j = r_j·û_j / F(û_j), or the positions of the geodesic ones."""
         metric = self._metric(raw)
-        fields = torch.stack((metric.a, metric.b, metric.d, metric.x, metric.y), -1)
-        return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points, self.eps)
+        fields = torch.stack((metric.a, metric.b, metric.d, metric.x, metric.y), -1)  # [B, H_out, W_out, G, 5]
+        if self.ball == "tangent":
+            return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points, self.eps)
+        fields = fields.permute(0, 3, 4, 1, 2).flatten(0, 1)
+        spacing = (float(self.stride[0]), float(self.stride[1]))
+        positions = geodesic_positions(fields, self.points, self.steps, spacing)
+        return positions.unflatten(0, [-1, self.metric_groups]).flatten(1, 2)
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -163,7 +183,8 @@ class MetricConv2d(BallConv2d):
 
     def extra_repr(self) -> str:
         own = f"parametrization={self.parametrization!r}, drift={self.drift!r}, pattern={self.pattern!r}"
-        return f"{super().extra_repr()}, {own}, eps_omega={self.eps_omega}"
+        geodesic = f", ball='geodesic', steps={self.steps}" if self.ball == "geodesic" else ""
+        return f"{super().extra_repr()}, {own}, eps_omega={self.eps_omega}{geodesic}"
 
 
 @torch.no_grad()

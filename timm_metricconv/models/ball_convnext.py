@@ -46,8 +46,9 @@ class BallConvNeXt(convnext.ConvNeXt):
         numbers = stage_numbers(stages)
         super().__init__(*args, **kwargs)
         for number in numbers:
-            groups = metric_groups(self.feature_info[number - 1]["num_chs"])
-            layers = {"metric_groups": groups, "separable_predictor": True, **layer_arguments(conv, conv_cfg)}
+            channels: Any = self.feature_info[number - 1]["num_chs"]
+            defaults = {"metric_groups": metric_groups(channels), "separable_predictor": True}
+            layers = {**defaults, **layer_arguments(conv, conv_cfg)}
             convert(self, conv, f"stages.{number - 1}.blocks.*.conv_dw", **layers)
 
 

@@ -74,7 +74,7 @@ class BallResNet(resnet.ResNet):
 
     def _undilate_first_block(self) -> None:
         """Stride 1 without dilation in the first block of the last stage; timm dilates its second convolution."""
-        for module in self.layer4[0].modules():
+        for module in self.get_submodule("layer4.0").modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
                 module.dilation, module.padding = (1, 1), tuple(k // 2 for k in module.kernel_size)
 
@@ -82,18 +82,18 @@ class BallResNet(resnet.ResNet):
         """3×3, stride 1, no pooling: every feature is four times as large."""
         if isinstance(self.conv1, nn.Conv2d):
             old = self.conv1
-            like = {"device": old.weight.device, "dtype": old.weight.dtype}
-            self.conv1 = nn.Conv2d(  # type: ignore[assignment]
-                old.in_channels, old.out_channels, 3, padding=1, bias=False, **like
-            )
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            device, dtype = old.weight.device, old.weight.dtype
+            new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            self.conv1 = new  # type: ignore[assignment]
         else:
             for module in self.conv1.modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
         self.maxpool = nn.Identity()  # type: ignore[assignment]
         for info in self.feature_info:
-            info["reduction"] = 1 if info["module"] == "act1" else info["reduction"] // 4
+            reduction: Any = info["reduction"]
+            info["reduction"] = 1 if info["module"] == "act1" else reduction // 4
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

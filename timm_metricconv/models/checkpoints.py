@@ -58,7 +58,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if not any(key in state_dict for key in added):
         state_dict.update({key: own[key] for key in added})
 
-    first_conv, classifier = (model.pretrained_cfg[key] for key in ("first_conv", "classifier"))  # as timm names them
+    cfg: Dict[str, str] = model.pretrained_cfg  # type: ignore[assignment]
+    first_conv, classifier = cfg["first_conv"], cfg["classifier"]
     if getattr(model, "stem", "imagenet") == "cifar":
         changed = [
             key

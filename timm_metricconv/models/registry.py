@@ -12,7 +12,7 @@ from timm.models._pretrained import DefaultCfg
 from torch import Tensor, nn
 
 # What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
-METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale")
+METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps")
 
 
 def stage_numbers(stages: Sequence[int]) -> List[int]:

@@ -1,6 +1,6 @@
 """`ball_conv2d`: the one door of the op, and the choice of a backend behind it."""
 
-from typing import Callable, Dict, NamedTuple, Optional, Sequence, Union
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from .samples import Samples, metric_groups
 from .torchvision_deform import ball_conv2d_torchvision
 from .triton_fused import triton_conv2d
 from .triton_fused import why_not as _triton_why_not
+
+try:
+    from .compiled import compiled_conv2d
+except Exception:  # Numba is optional, and a broken installation of it must not break this import
+    compiled_conv2d = None  # type: ignore[assignment]
 
 IntPair = Union[int, Sequence[int]]
 
@@ -29,6 +34,10 @@ class Backend(NamedTuple):
     why_not: Callable[[str, int], Optional[str]]
 
 
+def _compiled_why_not(device: str, weight_dim: int) -> Optional[str]:
+    return "numba is not installed, or fails here" if compiled_conv2d is None else _gather_why_not(device, weight_dim)
+
+
 def _gather_why_not(device: str, weight_dim: int) -> Optional[str]:
     return None if device == "cpu" else "it is written for the CPU"
 
@@ -42,6 +51,7 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 # In order of preference: the first that can run is taken. What stands before the reference is written for certain
 # devices; the reference runs on all, and `grid_sample` is for images of few channels.
 BACKENDS: Dict[str, Backend] = {
+    "compiled": Backend(compiled_conv2d, _compiled_why_not),
     "gather": Backend(gather_conv2d, _gather_why_not),
     "triton": Backend(triton_conv2d, _triton_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
@@ -89,14 +99,17 @@ def _check(
     size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
     out = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     taps = weight.shape[2:].numel()
-    metric = isinstance(samples, Samples)
-    if metric and samples.points.shape[-1:].numel() * taps != samples.points.numel():
-        raise ValueError(f"samples.points: expected [K={taps}, 2] or [R, D, 2], got {tuple(samples.points.shape)}.")
-    name, source = ("samples.fields", samples.fields) if metric else ("samples", samples)
-    runs = max(1, metric_groups(samples, taps)) if source.dim() > 1 else 1
-    expected = (x.shape[0], runs * 5, *out) if metric else (x.shape[0], runs * taps, 2, *out)
+    runs = metric_groups(samples, taps)
+    expected: Tuple[int, ...]
+    if isinstance(samples, Samples):
+        if samples.points.numel() != 2 * taps or samples.points.shape[-1] != 2:
+            raise ValueError(f"samples.points: expected [K={taps}, 2] or [R, D, 2], got {tuple(samples.points.shape)}.")
+        name, source, axes = "samples.fields", samples.fields, "[B, G·5, H_out, W_out]"
+        expected = x.shape[0], runs * 5, *out
+    else:
+        name, source, axes = "samples", samples, "positions [B, G·K, 2, H_out, W_out]"
+        expected = x.shape[0], runs * taps, 2, *out
     if tuple(source.shape) != expected:
-        axes = "[B, G·5, H_out, W_out]" if metric else "positions [B, G·K, 2, H_out, W_out]"
         raise ValueError(f"{name}: expected {axes} = {expected} (G = {runs}), got {tuple(source.shape)}.")
     if x.shape[1] % runs or (groups % runs and runs % groups):
         raise ValueError(

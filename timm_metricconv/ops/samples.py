@@ -44,4 +44,5 @@ def place(samples: Union[Tensor, Samples]) -> Tensor:
 
 def metric_groups(samples: Union[Tensor, Samples], taps: int) -> int:
     """G, the number of equal runs of input channels that have samples of their own."""
-    return samples.shape[1] // taps if isinstance(samples, Tensor) else samples.fields.shape[1] // 5
+    source, each = (samples, taps) if isinstance(samples, Tensor) else (samples.fields, 5)
+    return max(1, source.shape[1] // each)

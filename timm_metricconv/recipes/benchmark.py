@@ -21,6 +21,7 @@ from torchvision.ops import deform_conv2d
 
 from ..layers import LAYERS, BallConv2d
 from ..ops import BACKENDS
+from .compile_report import compile_report
 from .config import ConfigError, option
 from .report import console, print_table, write_atomic
 
@@ -36,7 +37,7 @@ class BenchmarkConfig:
     """A benchmark."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
-    what: Literal["layer", "model", "all"] = option("layer", "layer, model or all")
+    what: Literal["layer", "model", "all", "compile"] = option("layer", "layer, model, all, or compile (no GPU needed)")
     output: Optional[str] = option(None, "JSON file for the records")
     batch: int = option(8, "images in a layer's batch")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of weights and images; positions are float32")
@@ -45,6 +46,7 @@ class BenchmarkConfig:
     models: List[str] = option(["resnet18", "resnet50"], "networks")
     backends: List[str] = option([], "backends by name; by default all that can run, the reference left out of models")
     compile: bool = option(False, "torch.compile every peer")
+    arch: List[str] = option(["sm_80", "sm_90", "sm_100", "gfx942"], "what to compile the Triton kernels for")
 
 
 class Peer(NamedTuple):
@@ -279,12 +281,15 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
 
     Returns:
         Records with the keys what, peer, backend, shape, dtype, direction, median_ms, spread_ms, ratio_to_conv,
-        ratio_to_torchvision_deform, peak_mb; also written to `config.output` as JSON.
+        ratio_to_torchvision_deform, peak_mb (of what="compile": `compile_report`'s); also written to `config.output`
+        as JSON.
 
     Raises:
         ConfigError: The device or a backend is not there.
         RuntimeError: A backend does not agree with the reference.
     """
+    if config.what == "compile":
+        return compile_report(config.arch, config.output)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would talk into the progress bar
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no GPU here; `python -m timm_metricconv` says what it sees.")

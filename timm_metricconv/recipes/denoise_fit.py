@@ -61,7 +61,7 @@ def _sample_balls(model: nn.Module, x: Tensor, point: Tuple[int, int]) -> Dict[s
     rows, columns = (index.flatten() for index in torch.meshgrid(point[1] + steps, point[0] + steps, indexing="ij"))
     rows, columns = rows.clamp(0, x.shape[2] - 1).to(x.device), columns.clamp(0, x.shape[3] - 1).to(x.device)
     samples = model.positions_at(x, rows, columns)[0]
-    k = model.kernel_size
+    k = int(model.kernel_size)  # type: ignore[arg-type]
     if model.pattern == "polar":
         ring = torch.arange(k * k - k, k * k)
     else:

@@ -1,7 +1,7 @@
 """What the geometry of a trained network does, layer by layer: it did not adapt, it adapted, or it ran away."""
 
 import itertools
-from typing import Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,7 @@ def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mappi
     rows = [name for name in QUANTITIES if name in known] or ["displacement"]
     figure = Figure(figsize=(1 + 4 * len(settings), 1 + 1.8 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(settings), squeeze=False, sharex="col", sharey="row")
+    lines: Dict[str, Any] = {}
     for column, setting in enumerate(settings):
         reports = {conv: report for (name, conv), report in shown.items() if name == setting}
         layers = list(dict.fromkeys(layer for report in reports.values() for layer in report))
@@ -160,7 +161,7 @@ def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mappi
                 means = torch.tensor([values[name] for values in numbers.values()])
                 spread = torch.tensor([values.get(f"{name}_std", 0.0) for values in numbers.values()])
                 colour = colours.get(conv)
-                axes.plot(places, means, marker="o", markersize=4, color=colour, label=conv)
+                (lines[conv],) = axes.plot(places, means, marker="o", markersize=4, color=colour)
                 axes.fill_between(places, (means - spread).clamp(min=0), means + spread, color=colour, alpha=0.15, lw=0)
                 if name == "outside":
                     at_rest = [values["outside_at_rest"] for values in numbers.values()]
@@ -172,6 +173,5 @@ def plot_geometry(diagnoses: Mapping[Tuple[str, str], Diagnosis], colours: Mappi
             axes.grid(alpha=0.3)
     for name, axes in zip(rows, panels[:, 0], strict=True):
         axes.set_ylabel(QUANTITIES[name])
-    if shown:
-        panels[0][0].legend(loc="upper left")
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=max(len(lines), 1))
     return figure

@@ -236,9 +236,8 @@ def push(config: HubConfig) -> str:
         raise ConfigError("repo: there is no token: run `hf auth login`, or set HF_TOKEN to a write token.")
     api = HfApi()
     with TemporaryDirectory() as folder:
-        card = write_repository(config, Path(folder))
+        write_repository(config, Path(folder))
         try:
-            card.validate()
             api.create_repo(config.repo, private=config.private, exist_ok=config.update)
             commit = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message=config.message)
         except (HfHubHTTPError, HFValidationError, ValueError, OSError) as error:

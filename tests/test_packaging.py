@@ -1,0 +1,102 @@
+"""What pyproject.toml declares is what the code imports, and its lowest versions are those that CI installs."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import timm_metricconv
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML parser")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# The distribution that brings a module, where the two names differ.
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "pytorch_grad_cam": "grad-cam",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "triton": "torch",  # which needs one release of it, on Linux alone
+    "yaml": "pyyaml",
+}
+# Measured beside ours where it is installed: no dependency.
+RIVALS = {"deformops"}
+BY_NAME = {"find_spec", "import_module", "importorskip", "_need"}
+OUTER = ("recipes/", "viz.py")  # what the extras are for
+
+
+def requirements(*extras):
+    """The requirements of these extras and of the extras that they name, or the package's own."""
+    groups = PROJECT["optional-dependencies"]
+    lines = [line for extra in extras for line in groups[extra]] if extras else PROJECT["dependencies"]
+    for requirement in map(Requirement, lines):
+        if requirement.name == PROJECT["name"]:
+            yield from requirements(*requirement.extras)
+        else:
+            yield requirement
+
+
+def names(found):
+    return {canonicalize_name(requirement.name) for requirement in found}
+
+
+def imports(*paths):
+    """The distributions that these files import, whether by a statement or by name."""
+    modules = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules.add(node.module)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modules |= {node.args[0].value} if function in BY_NAME else set()
+    ours = {PROJECT["name"], *(path.stem for path in paths)}
+    tops = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - ours - RIVALS
+    return {canonicalize_name(DISTRIBUTION.get(top, top)) for top in tops}
+
+
+def sources(outer):
+    package = ROOT / "timm_metricconv"
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).as_posix().startswith(OUTER) == outer]
+    assert files
+    return files
+
+
+def test_types_are_shipped():
+    """In the installed package, where mypy looks."""
+    assert (Path(timm_metricconv.__file__).parent / "py.typed").exists()
+
+
+def test_core_imports_what_it_declares():
+    assert imports(*sources(outer=False)) == names(requirements())
+
+
+def test_recipes_import_what_an_extra_declares():
+    extras = [name for name in PROJECT["optional-dependencies"] if name not in ("consumers", "docs", "test", "dev")]
+    assert imports(*sources(outer=True)) <= names(requirements()) | names(requirements(*extras))
+
+
+def test_tests_import_what_their_extra_declares():
+    assert imports(*(ROOT / "tests").glob("*.py")) <= names(requirements()) | names(requirements("test"))
+
+
+@pytest.mark.parametrize("folder", ["scripts", "docs"])
+def test_scripts_import_no_more_than_the_package(folder):
+    assert imports(*(ROOT / folder).rglob("*.py")) <= names(requirements())
+
+
+def test_lowest_versions_are_those_that_ci_installs():
+    """A bound that is raised in one place alone was never tested."""
+    text = "\n".join(path.read_text() for path in (ROOT / ".ci").glob("lowest*.txt"))
+    pinned = {canonicalize_name(name): version for name, version in re.findall(r"^(\S+)==(\S+)", text, re.MULTILINE)}
+    declared = {
+        canonicalize_name(requirement.name): next(s.version for s in requirement.specifier if s.operator == ">=")
+        for requirement in [*requirements(), *requirements("test")]
+    }
+    assert pinned == declared
