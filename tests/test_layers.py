@@ -79,7 +79,7 @@ def test_identity_start_is_conv2d(variant, case):
 def test_metric_groups_are_layers_side_by_side(variant):
     """Each run of channels is read where a layer with that group's raw channels reads, and weighed as it weighs."""
     layer, alone = bend(build(variant, 6, 6, 3, groups=6, metric_groups=3)), build(variant, 2, 2, 3, groups=2)
-    own, masks = layer.predicted, 9 * layer.modulated
+    own, masks = layer.predicted, 9 * bool(layer.modulated)
     raw = torch.randn(2, 3 * (own + masks), 5, 4)
     positions, factors = place(layer.samples(raw)), layer.density(raw)
     for number in range(3):

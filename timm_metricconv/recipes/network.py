@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, TypeVar
 
 import timm
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..layers import BallConv2d
 from .config import ConfigError, option
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -130,6 +132,17 @@ def adaptive_layers(model: nn.Module) -> List[BallConv2d]:
 def is_predictor(name: str) -> bool:
     """Whether a parameter's name is that of a predictor (or of an active convolution's offsets)."""
     return ".predictor." in f".{name}" or name.split(".")[-1] == "offset"
+
+
+def randomise_predictors(model: Network, size: float = 1.0) -> Network:
+    """Trained-looking predictors: raw channels of about `size` for an input of variance 1, the same numbers each time."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in adaptive_layers(model):
+        head = layer.predictor_head()
+        if head is not None:
+            values = torch.randn(head.weight.shape, generator=generator) * (size / head.weight[0].numel() ** 0.5)
+            head.weight.data.copy_(values.to(head.weight.dtype))
+    return model
 
 
 def predictor_regulariser(model: nn.Module) -> Tensor:
