@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -36,6 +37,7 @@ names = pytest.mark.parametrize("name", NAMES)
 tiny = pytest.mark.parametrize("name", TINY)
 tiny_resnets = pytest.mark.parametrize("name", [name for name in TINY if "resnet" in name])
 small = pytest.mark.parametrize("name", SMALL)
+PAGE = Path(__file__).parent.parent / "docs" / "large_kernels.md"
 backbones = pytest.mark.parametrize("size", ["test_resnet", "test_convnext"])
 
 
@@ -164,7 +166,10 @@ def test_predictors_of_a_metric_convnext_are_light(size):
     """Less than a tenth of the network, with 16 channels or a few more in each group."""
     model = timm.create_model(f"{size}_metric", device="meta")
     added = sum(p.numel() for key, p in model.named_parameters() if ".predictor." in key)
-    assert 0 < added < 0.1 * (sum(p.numel() for p in model.parameters()) - added)
+    standard = sum(p.numel() for p in model.parameters()) - added
+    assert 0 < added < 0.1 * standard
+    row = f"| {size.removeprefix('convnext_')} | {standard:,} | {added:,} ({added / standard:.1%}) |"
+    assert size == "test_convnext" or row in PAGE.read_text()
     for conv in ball_convs(model).values():
         assert conv.metric_groups == metric_groups(conv.in_channels)
         assert 16 <= conv.in_channels / conv.metric_groups < 32

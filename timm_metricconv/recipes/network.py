@@ -135,7 +135,7 @@ def is_predictor(name: str) -> bool:
 
 
 def randomise_predictors(model: Network, size: float = 1.0) -> Network:
-    """Trained-looking predictors: raw channels of about `size` for an input of variance 1, the same numbers each time."""
+    """Trained-looking predictors: raw channels of about `size` for an input of variance 1, the same every time."""
     generator = torch.Generator().manual_seed(0)
     for layer in adaptive_layers(model):
         head = layer.predictor_head()
