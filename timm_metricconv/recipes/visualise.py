@@ -83,7 +83,9 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
 
 def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
     # a folder or a repository of weights without its weights would be no use
-    return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an untrained network is the same every time
+        return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
 
 
 def _as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
