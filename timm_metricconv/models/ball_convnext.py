@@ -15,7 +15,8 @@ GROUP_CHANNELS = 16
 
 def metric_groups(channels: int) -> int:
     """The largest number of equal groups of at least 16 channels: C/16 where that is whole, 2 for the 40 of atto."""
-    return max(groups for groups in range(1, channels + 1) if not channels % groups and channels // groups >= 16)
+    most = max(1, channels // GROUP_CHANNELS)
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 class BallConvNeXt(convnext.ConvNeXt):
