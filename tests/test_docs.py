@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What the code of a page imports besides the package's own dependencies.
 NEEDS = {"quickstart": ("accelerate", "rich", "sklearn"), "export": ("onnx", "onnxscript")}
+NEEDS |= {"large_kernels": ("accelerate", "rich")}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:python|accelerate launch [^`\n]*?) ?\bscripts/(\w+)\.py([^`\n]*)")
 FILE = re.compile(

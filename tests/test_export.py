@@ -25,9 +25,12 @@ SIZES = ((2, 3, 48, 64), (3, 3, 48, 64), (2, 3, 72, 56), (4, 3, 56, 83))
 
 def bend(module: nn.Module, std: float = 0.05) -> nn.Module:
     """Predictors (and an active convolution's offsets) start at zero; with these weights every sample moves."""
-    for name, parameter in module.named_parameters():
-        if name.endswith(("predictor.weight", "offset")):
-            nn.init.normal_(parameter, std=std)
+    for layer in module.modules():
+        if isinstance(layer, BallConv2d):
+            head = layer.predictor_head()
+            for parameter in (None if head is None else head.weight, getattr(layer, "offset", None)):
+                if parameter is not None:
+                    nn.init.normal_(parameter, std=std)
     return module
 
 

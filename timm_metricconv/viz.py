@@ -84,8 +84,8 @@ class LayerView:
 
     @torch.no_grad()
     def positions(self) -> Tensor:
-        """`[1, K, 2, H_out, W_out]` in pixels of the layer's input."""
-        return self.layer.positions(self.input)
+        """Of the first metric group: `[1, K, 2, H_out, W_out]` in pixels of the layer's input."""
+        return self.layer.positions(self.input)[:, : len(self.radii)]
 
     @property
     def radii(self) -> Tensor:

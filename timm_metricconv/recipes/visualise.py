@@ -22,7 +22,7 @@ from ..viz import (
     strong_edges,
 )
 from .config import ConfigError, option
-from .network import create_model
+from .network import create_model, randomise_predictors
 from .report import write_atomic
 from .run import RunConfig
 
@@ -45,6 +45,7 @@ class VisualiseConfig(RunConfig):
     model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model")
     pretrained: bool = option(False, "load the model's weights")
+    random: float = option(0.0, "size of random raw channels that untrained predictors give; 0 keeps the predictors")
     layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
     cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
     dpi: PositiveFloat = option(110.0, "resolution of the pictures")
@@ -82,7 +83,9 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
 
 def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
     # a folder or a repository of weights without its weights would be no use
-    return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an untrained network is the same every time
+        return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
 
 
 def _as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
@@ -136,6 +139,8 @@ def visualise(config: VisualiseConfig) -> List[Path]:
 
     if config.model:
         model = _network(config.model, config, config.model_args)
+        if config.random:
+            randomise_predictors(model, config.random)
         names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
         points = config.points or strong_edges(image)
         for name in config.layers or names[:1] or [""]:
