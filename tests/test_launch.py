@@ -31,7 +31,9 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 starves beside other work
+    head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     try:
         cluster.lost = cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
