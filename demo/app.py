@@ -81,8 +81,10 @@ def example_networks() -> Networks:
 
 
 def load_networks(names: List[str]) -> Networks:
-    """Networks by their timm names, `hf-hub:` and `local-dir:` included, with their weights."""
-    return {name: create_model(name, {}, pretrained=True).eval() for name in names}
+    """Networks by their timm names (`hf-hub:` and `local-dir:` too), with weights. A run is called as its folder is."""
+    labels = [name.removeprefix("local-dir:").removesuffix("/model").rpartition("/")[2] for name in names]
+    labels = names if len(set(labels)) < len(names) else labels
+    return {label: create_model(name, {}, pretrained=True).eval() for label, name in zip(labels, names, strict=True)}
 
 
 def layers_of(networks: Networks) -> List[str]:

@@ -75,10 +75,13 @@ def test_each_control_changes_its_picture(app, networks):
     assert differ(app.draw_grad_cam(networks, IMAGE), app.draw_grad_cam(networks, IMAGE[::-1].copy()))
 
 
-def test_networks_of_a_run(app, tmp_path):
-    timm.models.save_for_hf(timm.create_model("test_resnet_deform", num_classes=3), tmp_path, safe_serialization=True)
-    networks = app.load_networks([f"local-dir:{tmp_path}"])
-    assert LAYER in app.layers_of(networks)
+def test_networks_of_runs(app, tmp_path):
+    """Trained networks in the place of the example's, called as their runs."""
+    for run, name in (("one", "test_resnet_deform"), ("two", "test_resnet_metric")):
+        model = timm.create_model(name, num_classes=3)
+        timm.models.save_for_hf(model, tmp_path / run / "model", safe_serialization=True)
+    networks = app.load_networks([f"local-dir:{tmp_path / run / 'model'}" for run in ("one", "two")])
+    assert list(networks) == ["one", "two"] and LAYER in app.layers_of(networks)
     app.draw_samples(networks, IMAGE, LAYER, (20, 20))
 
 
@@ -175,7 +178,7 @@ def test_the_page_in_a_browser(browser, url, tmp_path):
         wait.until(lambda _: still.append(sources()) or (len(still) > 4 and still[-1] == still[-5]))
         return [name for name, old, new in zip(everything, before, still[-1], strict=True) if old != new]
 
-    wait = WebDriverWait(browser, 60, poll_frequency=0.5)
+    wait = WebDriverWait(browser, 120, poll_frequency=0.5)
     assert changes(lambda: browser.get(url)) == everything
 
     image = find("#image img")
