@@ -92,6 +92,10 @@ def test_scripts_import_no_more_than_the_package(folder):
     assert imports(*(ROOT / folder).rglob("*.py")) <= names(requirements())
 
 
+def test_demo_imports_what_its_extra_declares():
+    assert imports(*(ROOT / "demo").glob("*.py")) <= names(requirements()) | names(requirements("app"))
+
+
 def test_lowest_versions_are_those_that_ci_installs():
     """A bound that is raised in one place alone was never tested."""
     text = "\n".join(path.read_text() for path in (ROOT / ".ci").glob("lowest*.txt"))
