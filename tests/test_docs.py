@@ -110,7 +110,8 @@ def accepts(script, words):
 
 def test_options_in_prose_exist():
     """`--half true`, `--train.epochs 30`: each is a key of some script."""
-    keys = {field.name for name in SCRIPTS for field in fields(script_config(name))} | {"config", "debug", "help", "key"}
+    keys = {field.name for name in SCRIPTS for field in fields(script_config(name))}
+    keys |= {"config", "debug", "help", "key"}
     for page in PAGES:
         assert set(re.findall(r"`--(\w+)", page.read_text())) <= keys, page.name
 

@@ -537,11 +537,12 @@ def _flat(t: Tensor) -> np.ndarray:
     return t.detach().contiguous().view(-1).numpy()
 
 
-def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, ...]]:
+def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, int, int]]:
     """`[B, ..., H, W]` as it lies in memory, and the strides of images, of a pixel's numbers and of pixels."""
     t = t.detach().float().flatten(1, -3).flatten(2)
     reach = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((reach,), (1,)).numpy(), t.stride()
+    images, numbers, pixels = t.stride()
+    return t.as_strided((reach,), (1,)).numpy(), (images, numbers, pixels)
 
 
 def _filled_up(t: Tensor) -> Tensor:
