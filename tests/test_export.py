@@ -31,7 +31,9 @@ def bend(module: nn.Module) -> nn.Module:
 
 
 def small_network(conv: str) -> nn.Module:
-    return bend(timm.create_model(f"resnet18_{conv}", **SMALL))
+    family, _, ball = conv.partition("-")
+    conv_cfg = {"ball": ball, "steps": 2} if ball else {}
+    return bend(timm.create_model(f"resnet18_{family}", conv_cfg=conv_cfg, **SMALL))
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def test_a_network_compiles_once_for_forward_and_once_for_training():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("conv", FAMILIES)
+@pytest.mark.parametrize("conv", [*FAMILIES, "metric-geodesic"])
 def test_torch_export_takes_every_size_with_ordinary_operators(conv):
     model = small_network(conv).eval()
     dynamic = torch.export.Dim.DYNAMIC
@@ -104,7 +106,8 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("conv", "half"), [("metric", False), ("deform", False), ("shifted", False), ("shifted", True)]
+    ("conv", "half"),
+    [("metric", False), ("metric-geodesic", False), ("deform", False), ("shifted", False), ("shifted", True)],
 )
 def test_onnx_equals_eager_in_onnxruntime(conv, half, saved, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs onnxruntime")
