@@ -41,7 +41,7 @@ def test_layers(tmp_path, dtype):
 
 def test_models():
     records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
-    assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", "deform", "shifted", "metric"}
+    assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}
     assert {record["shape"] for record in records} == {"test_resnet 2x3x8x8"}
 
 

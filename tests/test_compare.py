@@ -11,6 +11,7 @@ pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
 from safetensors.torch import load_file, save_file
 
+from timm_metricconv import MetricConv2d
 from timm_metricconv.recipes import compare as compare_module
 from timm_metricconv.recipes import launch
 from timm_metricconv.recipes import train as training
@@ -111,7 +112,7 @@ def test_convnext(tmp_path):
     assert costs["standard"] < costs["shifted"] < costs["metric"] < costs["deform"]
 
 
-@pytest.mark.parametrize("conv", ["standard", "deform", "metric"])
+@pytest.mark.parametrize("conv", ["standard", "deform", "metric", "metric-geodesic"])
 @pytest.mark.parametrize("kernel", ["learnable", "fixed"])
 @pytest.mark.parametrize("init", ["transfer", "uniform", "scratch"])
 def test_every_network_starts_alike(tmp_path, conv, kernel, init):
@@ -138,6 +139,8 @@ def test_every_network_starts_alike(tmp_path, conv, kernel, init):
     }
     assert found == [*expected[init], kernel == "learnable"]
     assert model.get_parameter(other).requires_grad
+    balls = {layer.ball for layer in model.modules() if isinstance(layer, MetricConv2d)}
+    assert balls == {"metric": {"tangent"}, "metric-geodesic": {"geodesic"}}.get(conv, set())
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,13 @@ def filters(samples, **options):
     paper = {"parametrization": "cholesky", "drift": "sigmoid_norm", "pattern": "polar", "eps_omega": 0.5}
     onion = paper | {"pattern": "onion", "eps_omega": 1.0}
     ours = {"parametrization": "logspd", "drift": "whitened", "pattern": "lattice", "eps_omega": 0.5}
+    # polar: all radii of a direction are read off one geodesic, whatever the slice
+    geodesic = ours | {"pattern": "polar", "ball": "geodesic", "steps": 2}
     made = [
         (MetricFilter2d(2, 5, samples=samples, **options), MetricConv2d(2, 2, 5, **paper)),
         (MetricFilter2d(2, 5, samples=samples, **onion, **options), MetricConv2d(2, 2, 5, **onion)),
         (MetricFilter2d(2, 3, samples=samples, **ours, **options), MetricConv2d(2, 2, 3, **ours)),
+        (MetricFilter2d(2, 3, samples=samples, **geodesic, **options), MetricConv2d(2, 2, 3, **geodesic)),
         (DeformFilter2d(2, 5, samples=samples, **options), DeformConv2d(2, 2, 5)),
     ]
     with torch.no_grad():
@@ -87,7 +90,7 @@ def test_a_filter_reads_where_the_layer_reads():
 def test_uniform_filters_of_a_constant_image():
     """Away from the border every filter with weights of sum one keeps a constant; the centre sample too."""
     x = torch.full((1, 1, 32, 32), 0.5)
-    made = [ImageMetricFilter2d(5, centre=centre) for centre in (False, True)]
+    made = [ImageMetricFilter2d(5, centre=c, ball=ball) for c in (False, True) for ball in ("tangent", "geodesic")]
     made += [kind(1, 5, centre=centre) for kind in (MetricFilter2d, DeformFilter2d) for centre in (False, True)]
     for model in made:
         assert not any(p.requires_grad for name, p in model.named_parameters() if name in ("weight", "centre"))
@@ -114,6 +117,26 @@ def test_heuristic_filter_keeps_a_straight_edge():
     )
 
 
+def test_geodesic_filter_follows_a_curved_edge():
+    """About a disk's rim the balls bend with it, so the rim survives better than under straight ones."""
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij")
+    image = (12 - ((x - 23.5) ** 2 + (y - 23.5) ** 2).sqrt()).sigmoid()[None, None]
+    errors = {}
+    for ball in ("tangent", "geodesic"):
+        errors[ball] = (ImageMetricFilter2d(11, ball=ball, steps=4)(image) - image).square().mean()
+    assert errors["geodesic"] < 0.8 * errors["tangent"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pixel_that_is_not_finite_stays_in_its_image(value):
+    x = torch.rand(2, 1, 16, 16)
+    broken = x.clone()
+    broken[0, 0, 8, 8] = value
+    model = ImageMetricFilter2d(5, ball="geodesic", scale=1e-6)  # radii of a thousand pixels
+    torch.testing.assert_close(model(broken)[1:], model(x)[1:])
+    assert model(x).isfinite().all()
+
+
 def test_free_metric_starts_at_the_image_metric():
     x = torch.rand(1, 1, 16, 16)
     model = MetricFilter2d(1, 5, size=(16, 16))
@@ -131,6 +154,9 @@ def test_free_metric_starts_at_the_image_metric():
         (lambda: MetricFilter2d(1, 3, size=(8, 8))(torch.rand(1, 1, 9, 8)), r"\(9, 8\)"),
         (lambda: DeformFilter2d(1, 3)(torch.rand(1, 3, 8, 8)), r"\[B, 1, H, W\]"),
         (lambda: ImageMetricFilter2d(3, pattern="spiral"), "pattern='spiral'"),
+        (lambda: ImageMetricFilter2d(3, ball="round"), "ball='round'.*geodesic"),
+        (lambda: ImageMetricFilter2d(3, ball="geodesic", steps=0), "steps=0"),
+        (lambda: MetricFilter2d(1, 3, ball="geodesic", steps=1.5), "steps=1.5"),
         (lambda: ImageMetricFilter2d(3, tau=1.0)(torch.rand(1, 1, 8, 8)), "tau"),
     ],
 )
@@ -217,6 +243,16 @@ def test_gap_and_resume(tmp_path, monkeypatch):
         denoise(tiny(tmp_path, steps=41))
 
 
+def test_balls_from_the_gradient_are_a_fit_of_no_steps(tmp_path):
+    config = tiny(tmp_path, method=["tangent", "geodesic"], k=[3, 7], sigma=[0.0, 0.1], metric={"tau": 0.3})
+    records = denoise(config)
+    assert [list(record) for record in records] == [KEYS] * 8
+    assert [(r["method"], r["k"]) for r in records[:4]] == [(m, k) for k in (3, 7) for m in ("tangent", "geodesic")]
+    assert all(r["gap"] == 0 for r in records[:4]) and all(abs(r["gap"]) < 0.2 for r in records)
+    assert records[0]["psnr"] != records[1]["psnr"]
+    assert (config.folder / "images.png").stat().st_size > 100 and not (config.folder / "curves.png").exists()
+
+
 def test_data_set_end_to_end_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(denoise_data, "PICTURES", {"train": ("coins", "moon"), "test": ("camera",)})
     changes = {"data": "skimage", "size": 16, "k": [3], "eps_omega": [0.1], "epochs": 3, "batch_size": 1}
@@ -299,6 +335,9 @@ def test_folders_as_downloaded(tmp_path):
         ({"k": [4]}, "k: expected odd numbers of at least 3; got 4"),
         ({"k": [7]}, "lr_deform: the paper gives"),
         ({"eps_omega": [0.0]}, "eps_omega"),
+        ({"data": "skimage", "method": ["geodesic"]}, "method: geodesic .* data=image"),
+        ({"metric": {"tau": 2.0}}, "metric: .*tau=2.0"),
+        ({"metric": {"tilt": 2.0}}, "metric: .*tilt"),
         ({"sigma": []}, "sigma: the list is empty"),
         ({"kernel": ["learnable"]}, "kernel"),
         ({"image": "no_such_picture"}, "no_such_picture"),

@@ -35,7 +35,9 @@ def bend(module: nn.Module, std: float = 0.05) -> nn.Module:
 
 
 def small_network(conv: str) -> nn.Module:
-    return bend(timm.create_model(f"resnet18_{conv}", **SMALL))
+    family, _, ball = conv.partition("-")
+    conv_cfg = {"ball": ball, "steps": 2} if ball else {}
+    return bend(timm.create_model(f"resnet18_{family}", conv_cfg=conv_cfg, **SMALL))
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def test_a_network_compiles_once_for_forward_and_once_for_training():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("conv", FAMILIES)
+@pytest.mark.parametrize("conv", [*FAMILIES, "metric-geodesic"])
 def test_torch_export_takes_every_size_with_ordinary_operators(conv):
     model = small_network(conv).eval()
     dynamic = torch.export.Dim.DYNAMIC
@@ -89,7 +91,8 @@ def test_torch_export_takes_every_size_with_ordinary_operators(conv):
         model, (torch.randn(SIZES[0]),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
     )
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets and all(target.startswith("aten.") or "<built-in" in target for target in targets)
+    ordinary = ("aten.", "<built-in", "<function sym_float")
+    assert targets and all(target.startswith(ordinary) for target in targets)
     for size in (*SIZES, (1, 3, 33, 90)):
         image = torch.randn(size)
         torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
@@ -177,6 +180,7 @@ def test_samples_without_a_place_read_zero_in_onnx(tmp_path):
     ("conv", "half", "portable"),
     [
         ("metric", False, False),
+        ("metric-geodesic", False, False),
         ("deform", False, False),
         ("shifted", False, False),
         ("metric", True, False),

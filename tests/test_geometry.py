@@ -201,9 +201,10 @@ def test_radius_of_the_default(kernel_size, dilation, pattern, eps_omega):
     assert attained > (1 - 1e-6) * layer.max_radius
 
 
+@pytest.mark.parametrize("ball", ["tangent", "geodesic"])
 @pytest.mark.parametrize("drift", DRIFTS)
-def test_every_bounded_layer_keeps_its_radius(drift):
-    layer = exposed(drift=drift, eps_omega=0.1)
+def test_every_bounded_layer_keeps_its_radius(drift, ball):
+    layer = exposed(drift=drift, eps_omega=0.1, ball=ball, steps=3)
     farthest = layer.positions(raw_channels("logspd", 1e4, torch.float64)).norm(dim=2).max()
     assert farthest <= layer.max_radius * (1 + 1e-3)
 

@@ -375,6 +375,7 @@ ARGUMENTS = {
         {},
         {"num_classes": 7, "in_chans": 1, "stem": "cifar"},
         {"stages": [3], "conv_cfg": {"fixed_kernel": True, "modulated": True}},
+        {"conv_cfg": {"ball": "geodesic", "steps": 2}},
         {"stem": "cifar", "num_classes": 10, **PAPER},
     ],
     "convnext": [
@@ -403,6 +404,21 @@ def test_hub_folder_keeps_the_arguments(name, arguments, tmp_path):
     assert [repr(conv) for conv in ball_convs(other).values()] == [repr(conv) for conv in ball_convs(model).values()]
     fewer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2).eval()
     torch.testing.assert_close(fewer.forward_features(x), model.forward_features(x))
+
+
+def test_geodesic_network(checkpoint):
+    """`conv_cfg` makes one: it starts as the standard network does, and TorchScript says the same once it is bent."""
+    standard, file = checkpoint("test_resnet")
+    with set_scriptable(True):
+        model = pretrained("test_resnet_metric", file, conv_cfg={"ball": "geodesic", "steps": 2}).eval()
+    assert {(layer.ball, layer.steps) for layer in ball_convs(model).values()} == {("geodesic", 2)}
+    x = torch.randn(2, 3, 64, 64)
+    expected = standard(x)
+    assert (model(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+    for layer in ball_convs(model).values():
+        nn.init.normal_(layer.predictor.weight, std=0.3 * layer.predictor.weight[0].numel() ** -0.5)
+    assert (model(x) - expected).abs().max() > 1e-2 * expected.abs().max()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 # --- warm start ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def test_the_recipe_writes_its_pictures(tmp_path):
     )
     assert [path.name for path in written] == [
         "unit_balls.png",
+        "geodesic_balls.png",
         *(f"layer2.0.conv1-{what}.png" for what in ("samples", "balls", "maps")),
     ]
     for path in written:

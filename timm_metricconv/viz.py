@@ -7,6 +7,7 @@ for `plot_grad_cam`. The functions return matplotlib figures and know no global 
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -20,11 +21,14 @@ from .geometry import (
     anisotropy,
     asymmetry,
     fit_randers,
+    geodesic_positions,
     image_metric,
+    randers,
     star_hull,
     unit_ball,
     zermelo_ellipse,
 )
+from .geometry.metrics import Root, whitened_drift
 from .layers import BallConv2d, MetricConv2d
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 ANISOTROPY = "anisotropy  $\\sqrt{\\lambda_{max}/\\lambda_{min}}$"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 ORANGE, SKY, VERMILION = "#E69F00", "#56B4E9", "#D55E00"
+# Geodesics of a picture are long, and there are few.
+GEODESIC_STEPS = 12
 TURN = torch.linspace(0, 2 * torch.pi, 181)
 Pair = Tuple[float, float]
 
@@ -196,6 +202,37 @@ class BallField:
         centre = torch.stack((self.x[columns], self.y[rows]), -1)
         circle = torch.stack((TURN.cos(), TURN.sin()), -1)
         return centre[:, None] + magnified * radius[..., None] * circle * torch.tensor(self.step)
+
+    def spread(self, row: int, column: int, radii: Tensor, directions: int = 64) -> Tuple[Tensor, Tensor]:
+        """Straight rays and geodesics from a pixel: where they are in the image after each distance of `radii` `[R]`.
+
+        Returns:
+            Points of the tangent balls and of the geodesic ones, `[R, directions, 2]` each.
+        """
+        fields = torch.stack(tuple(Metric.from_tensors(self.metric, self.omega)))[None]
+        here = Metric(*fields[0, :, row, column])
+        turn = 2 * torch.pi / directions * torch.arange(directions, dtype=fields.dtype)
+        # even in the directions of z = A·u, so that a long ball's ends get as many as its sides
+        x, y = whitened_drift(Root(here.a, here.b, here.d, here.a * here.d - here.b**2), turn.cos(), turn.sin())
+        rays = F.normalize(torch.stack((x, y), -1), dim=-1)
+        tangent = radii.to(rays)[:, None, None] * rays / randers(rays, here)[:, None]
+        step = torch.tensor(self.step).to(rays)
+        axes = zip((self.y, self.x), self.step[::-1], strict=True)
+        grid = [float(axis[1] - axis[0]) / size if len(axis) > 1 else 1.0 for axis, size in axes]
+        geodesic = tangent.new_zeros(())
+        margin = 1.2 * float(tangent.abs().max())
+        while True:
+            rows, columns = (math.ceil(margin / spacing) + 2 for spacing in grid)
+            top, left = max(0, row - rows), max(0, column - columns)
+            part = fields[:, :, top : row + rows + 1, left : column + columns + 1]
+            ball = geodesic_positions(part, radii.to(rays)[:, None, None] * rays, GEODESIC_STEPS, (grid[0], grid[1]))
+            geodesic = ball[0, :, :, row - top, column - left].view(len(radii), directions, 2)
+            # a path that stays in the part is that of the whole field
+            if geodesic.abs().max() <= margin or part.shape == fields.shape:
+                break
+            margin *= 2
+        centre = torch.stack((self.x[column], self.y[row])).to(rays)
+        return centre + tangent * step, centre + geodesic * step
 
 
 @torch.no_grad()
@@ -415,6 +452,56 @@ def _plot_close_ups(
     axes[0].set_title(title, fontsize=10)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def plot_geodesics(
+    field: BallField, image: np.ndarray, points: Sequence[Sequence[float]], radius: float = 1.5, title: str = ""
+) -> Figure:
+    """Tangent balls (above) of some pixels and geodesic ones (below), with the straight rays and the geodesics in them.
+
+    Args:
+        field: From `layer_field` or `image_field`.
+        image: `[H, W]` or `[H, W, 3]`.
+        points: (x, y) in pixels of the image; the field's pixel nearest to each is shown.
+        radius: Of the outer ball; the filled one is the unit ball.
+        title: Above the image.
+    """
+    if not points:
+        raise ValueError("points: at least one (x, y) is needed.")
+    patches, collections = need("matplotlib.patches", "matplotlib"), need("matplotlib.collections", "matplotlib")
+    aspect, count = image.shape[1] / image.shape[0], len(points)
+    figure = _figure(5.2 * aspect + 2.9 * count, 6.6)
+    grid = figure.add_gridspec(2, 1 + count, width_ratios=[1.9 * aspect, *[1.0] * count])
+    whole = figure.add_subplot(grid[:, 0])
+    _show(whole, image)
+    whole.set_title(title, fontsize=10)
+    # ten places on the way to the unit ball, and then on to the outer one
+    radii, unit = torch.cat((torch.arange(1, 10) / 10, torch.linspace(1, radius, 6))), 9
+    for number, point in enumerate(points, 1):
+        row, column = int((field.y - point[1]).abs().argmin()), int((field.x - point[0]).abs().argmin())
+        x, y = float(field.x[column]), float(field.y[row])
+        balls = field.spread(row, column, radii)
+        half = 1.12 * float(max((ball - torch.tensor([x, y])).abs().max() for ball in balls))
+        square = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.8}
+        whole.add_patch(patches.Rectangle((x - half, y - half), 2 * half, 2 * half, **square))
+        whole.text(x + half, y - half, f" {number}", color="black", backgroundcolor=ORANGE, fontsize=8, va="bottom")
+        for line, (name, ball) in enumerate(zip(("tangent", "geodesic"), balls, strict=True)):
+            ax = figure.add_subplot(grid[line, number])
+            _show(ax, image, faded=0.25)
+            start = torch.tensor([x, y]).expand(1, ball.shape[1], 2)
+            paths = torch.cat((start, ball))[:, ::4].transpose(0, 1).numpy()
+            ax.fill(*ball[unit].T.numpy(), facecolor=ORANGE, alpha=0.45)
+            lines = collections.LineCollection(paths, colors="#0072B2", linewidths=0.9)
+            lines.set_label("straight rays (above), geodesics (below)")
+            ax.add_collection(lines)
+            for ring, width, label in ((unit, 2.2, "unit ball"), (len(radii) - 1, 1.2, f"ball of radius {radius:g}")):
+                outline = torch.cat((ball[ring], ball[ring, :1]))
+                ax.plot(*outline.T.numpy(), color=VERMILION, linewidth=width, label=label)
+            ax.plot(x, y, "+", color="black", markersize=8, markeredgewidth=1.8, linestyle="", label="pixel")
+            ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
+            ax.set_title(f"{number}: {name} ball", fontsize=10)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 

@@ -5,25 +5,26 @@ backward pass places them again, so that memory depends on the image and not on 
 by a formula (`ImageMetricFilter2d`), be a free parameter at every pixel (`size=`), or be predicted by a convolution.
 """
 
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, image_metric
+from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_positions, image_metric
 from ..geometry.parametrizations import EPS_L
 from ..ops import Samples, place, sliced_conv2d
 from ..ops.sliced import Slice
 from .ball_conv import _choice
-from .metric import init_predictor
+from .metric import check_ball, init_predictor
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
 SLICE_SAMPLES = 2**20
 
 
 def _ranges(total: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, total)) for i in range(0, total, max(1, step)))
+    step = max(1, step)
+    return (slice(i, min(i + step, total)) for i in range(0, total, step))
 
 
 def _fields(metric: Metric) -> Tensor:
@@ -31,23 +32,37 @@ def _fields(metric: Metric) -> Tensor:
     return torch.stack(tuple(metric), 1)
 
 
-def metric_slices(points: Tensor, pixels: int, *, eps: float = 0.0, samples: int = SLICE_SAMPLES) -> List[Slice]:
+def metric_slices(
+    points: Tensor, pixels: int, *, eps: float = 0.0, geodesic: int = 0, samples: int = SLICE_SAMPLES
+) -> List[Slice]:
     """The unit ball of a metric for `sliced_conv2d`, whose tensor is the fields `[B, 5, H, W]`.
 
     Args:
         points: Of the pattern, `[R, D, 2]` in pixels.
         pixels: B·H·W.
         eps: See `ops.Samples`.
+        geodesic: Steps of a geodesic, 0 for the tangent ball. A geodesic is followed once, so all radii of a direction
+            are in the same slice.
         samples: Bound on taps × pixels × images of a slice.
     """
     count = max(1, samples // max(1, pixels))
-    rows = min(count, points.shape[0])
+    rows = points.shape[0] if geodesic else min(count, points.shape[0])
     index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
 
     def part(rings: slice, rays: slice) -> Slice:
-        return index[rings, rays].flatten(), lambda fields: Samples(fields, points[rings, rays].to(fields), eps)
+        def ball(fields: Tensor) -> Union[Tensor, Samples]:
+            here = points[rings, rays].to(fields)
+            return geodesic_positions(fields, here, geodesic) if geodesic else Samples(fields, here, eps)
+
+        return index[rings, rays].flatten(), ball
 
     return [part(r, c) for c in _ranges(points.shape[1], count // rows) for r in _ranges(points.shape[0], rows)]
+
+
+def _positions_at(slices: List[Slice], fields: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Positions at n pixels, `[B, K, 2, n]`, in the order of the taps."""
+    order = torch.cat([taps for taps, _ in slices]).argsort()
+    return torch.cat([place(ball(fields))[..., rows, columns] for _, ball in slices], 1)[:, order]
 
 
 class _Filter(nn.Module):
@@ -116,6 +131,8 @@ class MetricFilter2d(_Filter):
         drift: See `MetricConv2d`.
         pattern: See `MetricConv2d`.
         eps_omega: See `MetricConv2d`.
+        ball: See `MetricConv2d`. The geodesics of one direction, with all its radii, are in memory at once.
+        steps: See `MetricConv2d`.
         fixed_kernel: Uniform and without gradient (FKW), or learnable from uniform on (LKW).
 
     Raises:
@@ -134,6 +151,8 @@ class MetricFilter2d(_Filter):
         drift: str = "sigmoid_norm",
         pattern: str = "polar",
         eps_omega: float = 0.5,
+        ball: str = "tangent",
+        steps: int = 1,
         fixed_kernel: bool = True,
     ):
         row = PARAMETRIZATIONS[_choice("parametrization", parametrization, list(PARAMETRIZATIONS))]
@@ -141,6 +160,7 @@ class MetricFilter2d(_Filter):
         if not 0 < eps_omega <= 1:
             raise ValueError(f"eps_omega={eps_omega!r}: expected a number above 0 and up to 1.")
         self.eps_omega, self.predicted = eps_omega, row.channels
+        self.ball, self.steps = check_ball(ball, steps)
         pattern = _choice("pattern", pattern, list(PATTERNS))
         super().__init__(channels, kernel_size, size, centre, samples, pattern, fixed_kernel)
         if self.predictor is not None:
@@ -169,16 +189,18 @@ class MetricFilter2d(_Filter):
         root = PARAMETRIZATIONS[self.parametrization].function(raw[..., :-2], (0.1, 1.5))
         return Metric(root.a, root.b, root.d, *DRIFTS[self.drift](raw[..., -2:], root, self.eps_omega))
 
+    def _slices(self, fields: Tensor) -> List[Slice]:
+        eps, steps = PARAMETRIZATIONS[self.parametrization].eps, self.steps if self.ball == "geodesic" else 0
+        return metric_slices(self.points, fields[:, 0].numel(), eps=eps, geodesic=steps, samples=self.samples)
+
     def _filter(self, x: Tensor) -> Tensor:
         fields = _fields(self.metric(x))
-        eps = PARAMETRIZATIONS[self.parametrization].eps
-        slices = metric_slices(self.points, fields[:, 0].numel(), eps=eps, samples=self.samples)
-        return sliced_conv2d(x, self.weight, slices, fields)
+        return sliced_conv2d(x, self.weight, self._slices(fields), fields)
 
     def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Positions at the n pixels (rows, columns), `[B, K, 2, n]`, without the centre sample."""
-        fields = _fields(self.metric(x))[:, :, rows, columns][:, :, None]
-        return place(Samples(fields, self.points.to(fields), PARAMETRIZATIONS[self.parametrization].eps))[:, :, :, 0]
+        fields = _fields(self.metric(x))
+        return _positions_at(self._slices(fields), fields, rows, columns)
 
 
 class ImageMetricFilter2d(nn.Module):
@@ -187,6 +209,8 @@ class ImageMetricFilter2d(nn.Module):
     Args:
         kernel_size: k.
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
+        ball: "tangent" or "geodesic", see `MetricConv2d`.
+        steps: Of a geodesic, see `geometry.geodesic_positions`.
         centre: One more sample, in the centre.
         samples: Bound on the samples in memory at once.
         **metric: Arguments of `geometry.image_metric`: scale, anisotropy, tau (the drift's strength), along.
@@ -200,6 +224,8 @@ class ImageMetricFilter2d(nn.Module):
         kernel_size: int,
         *,
         pattern: str = "polar",
+        ball: str = "tangent",
+        steps: int = 1,
         centre: bool = False,
         samples: int = SLICE_SAMPLES,
         **metric,
@@ -207,17 +233,28 @@ class ImageMetricFilter2d(nn.Module):
         super().__init__()
         self.points: Tensor
         points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
-        self.centre, self.samples, self.metric = centre, samples, metric
+        self.kernel_size, self.pattern, self.metric = kernel_size, pattern, metric
+        self.centre, self.samples = centre, samples
+        self.ball, self.steps = check_ball(ball, steps)
         self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
+
+    def _geometry(self, x: Tensor) -> Tuple[Tensor, List[Slice]]:
+        fields = _fields(image_metric(x.mean(1, keepdim=True), **self.metric))
+        steps = self.steps if self.ball == "geodesic" else 0
+        return fields, metric_slices(self.points, fields[:, 0].numel(), geodesic=steps, samples=self.samples)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → `[B, C, H, W]`; of several channels the metric reads the mean."""
-        fields = _fields(image_metric(x.mean(1, keepdim=True), **self.metric))
-        slices = metric_slices(self.points, fields[:, 0].numel(), samples=self.samples)
+        fields, slices = self._geometry(x)
         taps = self.points.shape[0] * self.points.shape[1]
         weight = x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre))
         out = sliced_conv2d(x, weight, slices, fields)
         return out + x / (taps + 1) if self.centre else out
+
+    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """As `MetricFilter2d.positions_at`."""
+        fields, slices = self._geometry(x)
+        return _positions_at(slices, fields, rows, columns)
 
 
 class DeformFilter2d(_Filter):
@@ -255,7 +292,7 @@ class DeformFilter2d(_Filter):
             nn.init.constant_(self.predictor.weight, 1e-6)
             nn.init.constant_(self.predictor.bias, 0.0)  # type: ignore[arg-type]
         if self.size is not None:
-            parts = _ranges(kernel_size**2, max(1, samples // (self.size[0] * self.size[1])))
+            parts = _ranges(kernel_size**2, samples // (self.size[0] * self.size[1]))
             self.offsets = nn.ParameterList(torch.zeros(1, p.stop - p.start, 2, *self.size) for p in parts)
 
     def _slice(self, x: Tensor, part: slice) -> Tuple[Slice, Tuple[Tensor, ...]]:
@@ -272,7 +309,7 @@ class DeformFilter2d(_Filter):
         return (taps, predicted), (x, *(parameter[rows] for parameter in self.predictor.parameters()))
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
-        step = self.offsets[0].shape[1] if self.size else max(1, self.samples // max(1, x[:, 0].numel()))
+        step = self.offsets[0].shape[1] if self.size else self.samples // max(1, x[:, 0].numel())
         return _ranges(self.kernel_size**2, step)
 
     def _filter(self, x: Tensor) -> Tensor:

@@ -16,6 +16,13 @@ from .ball_conv import BallConv2d, IntPair, _choice
 MIN_EPS_OMEGA = 1e-4
 
 
+def check_ball(ball: str, steps: int) -> Tuple[str, int]:
+    """Refuses another ball than a tangent or a geodesic one, or a number of steps that is none."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: expected a positive integer.")
+    return _choice("ball", ball, ("tangent", "geodesic")), steps
+
+
 @register_notrace_module
 class MetricConv2d(BallConv2d):
     """A convolution whose samples are the unit ball of a metric that a small convolution predicts at each pixel.
@@ -101,9 +108,7 @@ class MetricConv2d(BallConv2d):
         self.pattern = _choice("pattern", pattern, list(PATTERNS))
         self.eps_omega, self.scale = float(eps_omega), (float(scale[0]), float(scale[1]))
         self.channels, self.eps = row.channels, row.eps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: expected a positive integer.")
-        self.ball, self.steps = _choice("ball", ball, ("tangent", "geodesic")), steps
+        self.ball, self.steps = check_ball(ball, steps)
         # plain functions, so that TorchScript can compile them
         self._to_root, self._to_drift = row.function, DRIFTS[drift]
         super().__init__(

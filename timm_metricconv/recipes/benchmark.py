@@ -26,7 +26,13 @@ from .config import ConfigError, option
 from .network import randomise_predictors
 from .report import console, print_table, write_atomic
 
-OURS = ("deform", "shifted", "metric")
+# Name of a peer → the kind of its layers, and their arguments
+OURS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "deform": ("deform", {}),
+    "shifted": ("shifted", {}),
+    "metric": ("metric", {}),
+    "metric-geodesic": ("metric", {"ball": "geodesic"}),
+}
 # (channels, height = width), of ResNet18's stages
 LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 MODEL_SHAPES = (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32)))
@@ -54,7 +60,7 @@ class Peer(NamedTuple):
     """A contestant.
 
     Attributes:
-        name: "conv2d", "torchvision_deform", "deformops", "deform", "shifted" or "metric".
+        name: "conv2d", "torchvision_deform", "deformops", or a key of `OURS`.
         backend: Of `ops.ball_conv2d`; the library's name for the others.
         module: What is timed.
     """
@@ -98,19 +104,19 @@ def _layer_peers(config: BenchmarkConfig, channels: int, stride: int, backends: 
     if config.device == "cuda" and find_spec("deformops"):
         function = import_module("deformops.integrations.torchvision").deform_conv2d
         yield Peer("deformops", "deformops", DeformPeer(deform, function))
-    for name in OURS:
+    for name, (kind, conv_cfg) in OURS.items():
         for backend in backends:
-            yield Peer(name, backend, randomise_predictors(LAYERS[name].from_conv(conv, backend=backend)))
+            yield Peer(name, backend, randomise_predictors(LAYERS[kind].from_conv(conv, backend=backend, **conv_cfg)))
 
 
 def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Iterator[Peer]:
     yield Peer("conv2d", "torch", timm.create_model(f"{model}_metric", stem=stem, stages=[]))
     network = timm.create_model(f"{model}_deform", stem=stem, conv_cfg={"backend": "torchvision"})
     yield Peer("torchvision_deform", "torchvision", randomise_predictors(network))
-    for name in OURS:
+    for name, (kind, conv_cfg) in OURS.items():
         for backend in backends:
             if (name, backend) != ("deform", "torchvision"):
-                network = timm.create_model(f"{model}_{name}", stem=stem, conv_cfg={"backend": backend})
+                network = timm.create_model(f"{model}_{kind}", stem=stem, conv_cfg={"backend": backend, **conv_cfg})
                 yield Peer(name, backend, randomise_predictors(network))
 
 

@@ -22,7 +22,15 @@ from .statistics import Difference, mean_interval, paired_difference
 from .train import TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
-_COLOURS = {"standard": "#555555", "shifted": "#E69F00", "deform": "#56B4E9", "metric": "#D55E00"}
+# Run where they are named.
+OTHERS = ("metric-geodesic", "active", "affine")
+_COLOURS = {
+    "standard": "#555555",
+    "shifted": "#E69F00",
+    "deform": "#56B4E9",
+    "metric": "#D55E00",
+    "metric-geodesic": "#009E73",
+}
 
 # What the runs of a cell start from: the standard network's weights everywhere; everywhere but in the kernels that are
 # adaptive in the other networks, which start uniform (the paper's own transfer); or none.
@@ -36,8 +44,8 @@ class CompareConfig(LaunchConfig, RunConfig):
 
     name: str = option("compare", "name of the comparison")
     model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
-    model_args: Dict[str, Any] = option({}, "arguments of all four networks: stem, layout, stages, conv_cfg")
-    conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric (active, affine)")
+    model_args: Dict[str, Any] = option({}, "arguments of all networks: stem, layout, stages, conv_cfg")
+    conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric, metric-geodesic, active, affine")
     init: List[Init] = option(["transfer", "scratch"], "transfer (TL), uniform (the paper's TL), scratch (SC)")
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
     seeds: List[int] = option([0, 1], "one run for each")
@@ -69,6 +77,9 @@ def _network(config: CompareConfig, conv: str) -> Dict[str, Any]:
     """`model` and `model_args` of a training run: the standard network is the converted one with no stage converted."""
     if conv == "standard":
         return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "stages": []}}
+    if conv == "metric-geodesic":
+        cfg = {**config.model_args.get("conv_cfg", {}), "ball": "geodesic"}
+        return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv_cfg": cfg}}
     if f"{config.model}_{conv}" in list_models(f"{config.model}_*"):
         return {"model": f"{config.model}_{conv}", "model_args": config.model_args}
     return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv": conv}}
@@ -212,9 +223,9 @@ def _run(config: CompareConfig, cell: Cell, seed: int, checkpoint: Optional[str]
 
 def _check(config: CompareConfig) -> None:
     """Refuses what cannot be run before anything runs."""
-    unknown = [conv for conv in config.conv if conv not in (*CONVS, "active", "affine")]
+    unknown = [conv for conv in config.conv if conv not in CONVS + OTHERS]
     if unknown:
-        raise ConfigError(f"conv: expected some of {', '.join(CONVS)}, active, affine; got {unknown}.")
+        raise ConfigError(f"conv: expected some of {', '.join(CONVS + OTHERS)}; got {unknown}.")
     if f"{config.model}_metric" not in list_models("*_metric"):
         known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
         raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")

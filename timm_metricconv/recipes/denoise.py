@@ -20,8 +20,8 @@ ROWS = ("method", "eps_omega", "kernel", "k", "sigma")
 def denoise(config: DenoiseConfig) -> List[Dict[str, Any]]:
     """Fits every cell of {method, ε_ω} × {k} × {σ} × {kernel}, skipping what is complete, and reports.
 
-    Writes `summary.json`, `summary.csv`, `summary.md`, `curves.png` and `images.png` into `config.folder`, again after
-    each cell, and each cell's curve and result below it.
+    Writes `summary.json`, `summary.csv`, `summary.md`, `curves.png` (where something is fitted) and `images.png` into
+    `config.folder`, and each cell's curve and result below it.
 
     Returns:
         The records of `summary.json`: method, eps_omega, k, sigma, train_mse, test_mse, psnr (dB), gap, which is
@@ -64,7 +64,8 @@ def denoise(config: DenoiseConfig) -> List[Dict[str, Any]]:
             write_summary(config.folder, [result["record"] for result in done.values()], title)
     records = [result["record"] for result in done.values()]
     write_summary(config.folder, records, title)
-    save_figure(plot_curves(done, "step" if single else "epoch"), config.folder / "curves.png")
+    if any(len(result["curve"]) > 1 for result in done.values()):
+        save_figure(plot_curves(done, "step" if single else "epoch"), config.folder / "curves.png")
     save_figure(plot_results(done, clean[0, 0]), config.folder / "images.png")
     print_table(records, f"{title}: {config.folder}")
     return records

@@ -1,10 +1,12 @@
 """What a denoising experiment runs: its configuration, its rows, and the paper's learning rates and gaps for them."""
 
 from dataclasses import dataclass
-from typing import Annotated, Dict, List, Literal, NamedTuple, Optional, Tuple
+from typing import Annotated, Any, Dict, List, Literal, NamedTuple, Optional, Tuple
 
+import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from ..geometry import image_metric
 from .config import ConfigError, build, option
 from .run import RunConfig
 
@@ -22,6 +24,8 @@ PAPER_GAP: Dict[Variant, Dict[int, float]] = {
     ("metric", 0.1): {5: 1.3, 11: 1.1, 31: 1.3, 51: 1.4, 121: 1.5},
 }
 PAPER_PIXELS = 256 * 256
+# Filters whose metric the image's gradient gives by a formula: a fit of no steps.
+HEURISTICS = ("tangent", "geodesic")
 
 
 def _odd(k: int) -> int:
@@ -43,12 +47,16 @@ class DenoiseConfig(RunConfig):
     image: str = option("camera", "data=image: a file, or the name of one of scikit-image's pictures")
     data_dir: str = option("data", "where BSDS300 or VOCdevkit lies")
     size: Annotated[int, Field(ge=8)] = option(256, "edge of the square grey images; others are resized and cropped")
-    method: List[Literal["deform", "metric"]] = option(["deform", "metric"], "which convolutions")
+    method: List[Literal["deform", "metric", "tangent", "geodesic"]] = option(
+        ["deform", "metric"], "deform, metric: fitted; tangent, geodesic: balls of a metric from the image's gradient"
+    )
     eps_omega: List[Margin] = option([0.9, 0.1], "margins ε_ω of the metric's drift, a row each")
     kernel: List[Literal["fixed", "learnable"]] = option(["fixed"], "uniform weights (FKW), or learned ones (LKW)")
     k: List[Odd] = option([5, 11, 31], "kernel sizes, odd")
     sigma: List[NonNegativeFloat] = option([0.3], "standard deviations of the noise; images are in [0, 1]")
     centre: bool = option(False, "one more sample, in the centre")
+    metric: Dict[str, Any] = option({}, "tangent, geodesic: arguments of geometry.image_metric")
+    geodesic_steps: PositiveInt = option(4, "geodesic: see geometry.geodesic_positions")
     lr_deform: Optional[PositiveFloat] = option(None, "learning rate; by default the paper's for its k, or 1e-4")
     lr_metric: Optional[PositiveFloat] = option(None, "likewise")
     steps: PositiveInt = option(100, "data=image: steps of SGD")
@@ -88,6 +96,7 @@ def make_cells(config: DenoiseConfig) -> List[Cell]:
     """The rows of an experiment."""
     variants: List[Variant] = [("deform", None)] if "deform" in config.method else []
     variants += [("metric", epsilon) for epsilon in config.eps_omega] if "metric" in config.method else []
+    variants += [(method, None) for method in HEURISTICS if method in config.method]
     kernels = config.kernel
     return [Cell(*v, kernel, k, s) for s in config.sigma for kernel in kernels for k in config.k for v in variants]
 
@@ -109,9 +118,16 @@ def check(config: DenoiseConfig) -> None:
             raise ConfigError(f"{key}: the list is empty, there is nothing to do.")
     if config.data == "image" and config.kernel != ["fixed"]:
         raise ConfigError("kernel: with data=image the geometry is what is fitted, the kernel is fixed.")
+    heuristics = [method for method in config.method if method in HEURISTICS]
+    if heuristics and config.data != "image":
+        raise ConfigError(f"method: {', '.join(heuristics)} have nothing to train on a data set; they need data=image.")
+    try:
+        image_metric(torch.zeros(1, 1, 1, 1), **config.metric)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metric: {error}") from None
     known = PAPER_LR["deform", None]
     missing = [k for k in config.k if k not in known]
     for method in config.method:
-        if config.data == "image" and missing and learning_rate(config, method) is None:
+        if config.data == "image" and method not in HEURISTICS and missing and learning_rate(config, method) is None:
             rates = f"the paper gives learning rates for k = {', '.join(map(str, known))}"
             raise ConfigError(f"lr_{method}: {rates}; for k = {', '.join(map(str, missing))} set it.")

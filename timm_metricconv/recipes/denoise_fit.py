@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..layers.filters import DeformFilter2d, MetricFilter2d
+from ..layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 from ..viz import strong_edges
 from .config import RecipeError
-from .denoise_cells import PAPER_GAP, PAPER_LR, PAPER_PIXELS, Cell, DenoiseConfig, learning_rate
+from .denoise_cells import HEURISTICS, PAPER_GAP, PAPER_LR, PAPER_PIXELS, Cell, DenoiseConfig, learning_rate
 from .denoise_data import NoisyImages, add_noise
 from .report import write_atomic
 
@@ -31,6 +31,9 @@ def _device() -> torch.device:
 
 def _filter(cell: Cell, config: DenoiseConfig) -> nn.Module:
     torch.manual_seed(config.seed)
+    if cell.method in HEURISTICS:
+        ball = {"ball": cell.method, "steps": config.geodesic_steps}
+        return ImageMetricFilter2d(cell.k, centre=config.centre, **ball, **config.metric)
     free = {"size": (config.size, config.size)} if config.data == "image" else {}
     common = {**free, "centre": config.centre, "fixed_kernel": cell.kernel == "fixed"}
     if cell.method == "deform":
@@ -73,6 +76,15 @@ def _sample_balls(model: nn.Module, x: Tensor, point: Tuple[int, int]) -> Dict[s
     return {name: value.float().cpu() for name, value in balls.items()}
 
 
+def _learn_at(model: nn.Module, config: DenoiseConfig, cell: Cell) -> None:
+    """SGD: a step for each parameter as soon as its gradient is there, so that 2k² offsets' are never all in memory."""
+    nearest = min((v for v in PAPER_LR if v[0] == cell.method), key=lambda v: abs((v[1] or 0) - (cell.eps_omega or 0)))
+    lr = (learning_rate(config, cell.method) or PAPER_LR[nearest][cell.k]) * config.size**2 / PAPER_PIXELS
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(functools.partial(_descend, lr=lr))
+
+
 def _edge(clean: Tensor) -> Tuple[int, int]:
     """(x, y) of the strongest edge of `[1, 1, H, W]` that is not near the border."""
     x, y = strong_edges(clean[0, 0].numpy(), 1)[0]
@@ -83,7 +95,8 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
     """Fits the geometry of every pixel to one noisy copy of an image, and tests it on another.
 
     The loss is the mean squared error to the clean image. A pixel's share of it, and so its gradient, is one over the
-    number of pixels: the learning rates, the paper's for 256×256, are scaled by the number of pixels.
+    number of pixels: the learning rates, the paper's for 256×256, are scaled by the number of pixels. A filter whose
+    metric comes from the image by a formula has nothing to fit: its curve is one row, of step 0.
 
     Args:
         config: The experiment.
@@ -99,15 +112,12 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
     target, model = clean.to(device), _filter(cell, config).to(device)
     if cell.method == "metric":
         model.init_from_image(noisy["train"])
-    nearest = min((v for v in PAPER_LR if v[0] == cell.method), key=lambda v: abs((v[1] or 0) - (cell.eps_omega or 0)))
-    lr = (learning_rate(config, cell.method) or PAPER_LR[nearest][cell.k]) * clean.numel() / PAPER_PIXELS
-    # A step for each parameter as soon as its gradient is there: the gradients of 2k² offsets are never all in memory.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(functools.partial(_descend, lr=lr))
-    every, curve = max(1, config.steps // EVALUATIONS), []
-    for step in range(config.steps + 1):
-        last = step == config.steps
+    steps = 0 if cell.method in HEURISTICS else config.steps
+    if steps:
+        _learn_at(model, config, cell)
+    every, curve = max(1, steps // EVALUATIONS), []
+    for step in range(steps + 1):
+        last = step == steps
         with torch.set_grad_enabled(not last):
             loss = F.mse_loss(model(noisy["train"]), target)
         train_mse = _finite(loss.item(), cell, f"step {step}")

@@ -28,7 +28,8 @@ def plot_curves(done: Dict[Cell, Dict[str, Any]], unit: str):
             if (cell.sigma, cell.kernel, cell.k) == (sigma, kernel, k):
                 steps, train, test = zip(*result["curve"], strict=True)
                 axis.plot(steps, train, color=colours[cell.title], linestyle="--")
-                axis.plot(steps, test, color=colours[cell.title], label=cell.title)
+                marker = "o" if len(steps) == 1 else None
+                axis.plot(steps, test, color=colours[cell.title], label=cell.title, marker=marker)
     axes[0].set_ylabel("MSE (dashed: train, solid: test)")
     axes[0].legend(fontsize=8)
     return figure

@@ -16,6 +16,7 @@ from ..viz import (
     layer_field,
     need,
     plot_field,
+    plot_geodesics,
     plot_grad_cam,
     plot_maps,
     plot_samples,
@@ -121,8 +122,9 @@ def _save(figure: "Figure", path: Path, dpi: float) -> None:
 def visualise(config: VisualiseConfig) -> List[Path]:
     """Makes the pictures that a configuration asks for.
 
-    `unit_balls.png` (balls of a metric built from the image gradient), and for each layer of the model
-    `<layer>-samples.png`, `<layer>-balls.png` and `<layer>-maps.png`; `grad_cam.png` where networks are named for it.
+    `unit_balls.png` (balls of a metric built from the image gradient), `geodesic_balls.png` (tangent and geodesic balls
+    of that metric, in close-up), and for each layer of the model `<layer>-samples.png`, `<layer>-balls.png` and
+    `<layer>-maps.png`; `grad_cam.png` where networks are named for it.
 
     Returns:
         The files written.
@@ -144,13 +146,14 @@ def visualise(config: VisualiseConfig) -> List[Path]:
         raise ConfigError(f"metric: {error}") from None
     title = "balls of a metric built from the image gradient (no training)"
     save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
+    points = config.points or strong_edges(image)
+    save(plot_geodesics(field, image, points, title="metric built from the image gradient"), "geodesic_balls")
 
     if config.model:
         model = _network(config.model, config, config.model_args)
         if config.random:
             randomise_predictors(model, config.random)
         names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
-        points = config.points or strong_edges(image)
         for name in config.layers or names[:1] or [""]:
             try:
                 view = capture(model, name, as_input(model, image))
