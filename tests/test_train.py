@@ -295,6 +295,7 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, images):
         ({"checkpoint": "nowhere.safetensors"}, "no file 'nowhere.safetensors'"),
         ({"batch_size": 1000}, "more than the 32 training images"),
         ({"amp": "fp16"}, "fp16"),
+        ({"batch_size": 7, "mixup": 0.2}, "batch_size=7: mixup"),
         ({"epochs": 0}, "epochs: expected a number greater than 0; got 0"),
         ({"sched": "wsd", "epochs": 1}, "sched='wsd' with epochs=1"),
         ({"kernels": ["layer9"]}, "kernels: .*layer9.*; expected names of convolutions"),

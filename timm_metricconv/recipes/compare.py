@@ -14,7 +14,7 @@ from ..layers import BallConv2d
 from .config import ConfigError, build, option
 from .data import class_count, image_size, make_datasets
 from .diagnosis import mean_diagnosis, plot_geometry
-from .launch import run_all
+from .launch import LaunchConfig, run_all
 from .network import create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
 from .run import RunConfig, read_curves, write_config
@@ -31,7 +31,7 @@ _INITS = {"transfer": "warm start", "uniform": "warm start, uniform kernels", "s
 
 
 @dataclass
-class CompareConfig(RunConfig):
+class CompareConfig(LaunchConfig, RunConfig):
     """A comparison."""
 
     name: str = option("compare", "name of the comparison")
@@ -90,7 +90,7 @@ def _source_checkpoint(config: CompareConfig) -> Optional[str]:
         return None
     folder = config.folder / "source"
     values = {**config.source, **_network(config, "standard"), "name": "source", "output": str(folder)}
-    (summary,) = run_all([_train_config(config, **values)])
+    (summary,) = run_all([_train_config(config, **values)], config)
     console.print(f"source task {summary['data']}: the standard network reaches {summary['top1']:.2f} % top-1")
     return str(folder / "model" / "model.safetensors")
 
@@ -244,7 +244,7 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     cells = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
     results: Dict[Cell, List[Dict[str, Any]]] = {cell: [] for cell, _ in cells}
     runs = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in cells]
-    for number, ((cell, seed), result) in enumerate(zip(cells, run_all(runs), strict=True), 1):
+    for number, ((cell, seed), result) in enumerate(zip(cells, run_all(runs, config), strict=True), 1):
         results[cell].append(result)
         console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: top-1 {result['top1']:6.2f} %")
     records = [_record(cell, config, done, costs[cell.conv]) for cell, done in results.items()]

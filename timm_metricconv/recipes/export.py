@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -28,11 +29,11 @@ class ExportConfig:
     checkpoint: Optional[str] = option(None, "load this .safetensors file")
     format: Literal["onnx", "export", "aoti"] = option("onnx", "onnx, export (torch.export) or aoti (AOTInductor)")
     output: Optional[str] = option(None, "file to write; by default <model>.onnx or <model>.pt2")
-    image_size: Optional[int] = option(None, "height and width of the example; by default the model's own")
+    image_size: Optional[PositiveInt] = option(None, "height and width of the example; by default the model's own")
     dynamic: bool = option(True, "batch and image size may change afterwards")
     half: bool = option(False, "float16 weights and images; positions stay float32")
     opset: int = option(20, "ONNX operator set, 18 or later")
-    tolerance: float = option(1e-4, "largest difference from the network, relative to its largest output")
+    tolerance: NonNegativeFloat = option(1e-4, "largest difference from the network, relative to its largest output")
 
     @property
     def path(self) -> Path:

@@ -235,6 +235,8 @@ class _Trainer:
             self.accelerator.register_for_checkpointing(_EmaState(self.ema))
         self.mixup = None
         if config.mixup or config.cutmix:
+            if config.batch_size % 2:
+                raise ConfigError(f"batch_size={config.batch_size}: mixup and cutmix mix pairs; give an even number.")
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
         self.loss = _loss(config)
 

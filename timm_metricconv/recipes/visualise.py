@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from ..layers import BallConv2d
@@ -36,17 +37,17 @@ class VisualiseConfig(RunConfig):
 
     name: str = option("visualise", "name of the run")
     image: str = option("coffee", "a file, or pictures of scikit-image side by side: coffee, brick+grass, ...")
-    size: int = option(384, "shorter side of the image in pixels; 0 keeps its own")
+    size: NonNegativeInt = option(384, "shorter side of the image in pixels; 0 keeps its own")
     metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
-    smoothing: float = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
-    spacing: float = option(24.0, "distance between two balls in pixels of the image")
+    smoothing: NonNegativeFloat = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
+    spacing: PositiveFloat = option(24.0, "distance between two balls in pixels of the image")
     points: List[List[float]] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
     model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model")
     pretrained: bool = option(False, "load the model's weights")
     layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
     cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
-    dpi: float = option(110.0, "resolution of the pictures")
+    dpi: PositiveFloat = option(110.0, "resolution of the pictures")
     cam_class: Optional[int] = option(None, "class that Grad-CAM explains; by default each network's first choice")
 
 
