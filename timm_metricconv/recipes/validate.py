@@ -10,6 +10,7 @@ from .config import ConfigError, option
 from .data import DataConfig, class_count, make_datasets, make_loader
 from .network import create_model, parameter_counts
 from .report import print_table, write_summary
+from .tasks import CLASSIFICATION
 from .train import evaluate
 
 
@@ -42,7 +43,7 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
         raise ConfigError(f"model: {config.model} has {model.num_classes} classes, {config.data} has {classes}.")
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
-    result = evaluate(model, loader, accelerator)
+    result = evaluate(CLASSIFICATION, model, loader, accelerator)
     bare = accelerator.unwrap_model(model)
     record = {"model": config.model, "data": config.data, "images": len(dataset), **result, **parameter_counts(bare)}
     if accelerator.is_main_process:
