@@ -151,7 +151,7 @@ def bent(kind, **arguments):
     return layer
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["gather", "torchvision", "grid_sample", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["compiled", "gather", "torchvision", "grid_sample", "reference"])
 
 
 @KINDS

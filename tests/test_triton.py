@@ -35,6 +35,16 @@ def test_says_why_it_cannot_run_on_a_cpu():
     assert BACKENDS["triton"].why_not("cpu", 4)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes all")
+def test_refuses_old_gpus_and_not_amds(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "has 7.5" in BACKENDS["triton"].why_not("cuda", 4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert BACKENDS["triton"].why_not("cuda", 4) is None
+
+
 def test_imports_without_triton():
     root = str(Path(__file__).parent.parent)
     code = f"import sys; sys.modules['triton'] = None; sys.path.insert(0, {root!r});"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from timm_metricconv import MetricConv2d
-from timm_metricconv.geometry import PATTERNS, randers
-from timm_metricconv.ops import BACKENDS, ball_conv2d, fuses_metric
-from timm_metricconv.ops.triton_fused import triton_metric_conv2d, why_not
+from timm_metricconv.geometry import PATTERNS
+from timm_metricconv.ops import BACKENDS, Samples, ball_conv2d
+from timm_metricconv.ops.triton_common import INTERPRETED
+from timm_metricconv.ops.triton_fused import why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter is no target of the compiler")
@@ -21,38 +22,46 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def out_size(size, k, stride, padding, dilation):
-    return [(n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n in size]
+def lattice(k):
+    return torch.tensor(list(itertools.product(range(k), repeat=2)), dtype=torch.float32).flip(1) - (k - 1) / 2
 
 
 def make(
-    batch=2, c_in=10, c_out=6, size=(5, 4), k=3, stride=1, padding=1, dilation=1, groups=1, mask=True, bias=True,
-    free=False, dtype=torch.float32,
+    batch=2, c_in=10, c_out=6, size=(5, 4), k=3, stride=1, padding=1, dilation=1, groups=1, balls=1, mask=True,
+    bias=True, free=False, dtype=torch.float32, metric=False, pattern="lattice", eps=0.0, drift=0.3,
 ):  # fmt: skip
-    """Leaves (x, positions, weight, bias, mask) and the keyword arguments of `ball_conv2d`."""
+    """Leaves (x, source, weight, bias, mask), the keyword arguments of `ball_conv2d` and its samples, of a source."""
     arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     taps = 5 if free else k * k
-    out = out_size(size, 1 if free else k, stride, padding, dilation)
+    out = [(n + 2 * padding - dilation * ((1 if free else k) - 1) - 1) // stride + 1 for n in size]
+    if metric:
+        points = PATTERNS[pattern](k).float().to(DEVICE)
+        # far enough from the identity that A is positive, and that F is on its floor where the drift is above 1
+        source = 0.2 * torch.randn(batch, balls, 5, *out)
+        source[:, :, (0, 2)] += 1
+        source[:, :, 3:] = drift * torch.randn(batch, balls, 2, *out)
+        source = source.flatten(1, 2)
+    else:
+        source = 2 * torch.randn(batch, balls * taps, 2, *out)
     leaves = {
         "x": torch.randn(batch, c_in, *size).to(dtype),
-        "positions": 2 * torch.randn(batch, taps, 2, *out),
+        "source": source,
         "weight": torch.randn(c_out, c_in // groups, *([taps] if free else [k, k])).to(dtype),
         "bias": torch.randn(c_out).to(dtype) if bias else None,
-        "mask": torch.rand(batch, taps, *out) if mask else None,
+        "mask": torch.rand(batch, balls * taps, *out) if mask else None,
     }
-    return {name: t if t is None else t.to(DEVICE).requires_grad_() for name, t in leaves.items()}, arguments
+    leaves = {name: t if t is None else t.to(DEVICE).requires_grad_() for name, t in leaves.items()}
+    return leaves, arguments, (lambda fields: Samples(fields, points, eps)) if metric else lambda positions: positions
 
 
-def run(leaves, arguments, backend, cotangent=None):
+def apply(leaves, arguments, samples, backend):
+    source, *others = (leaves[name] for name in ("source", "weight", "bias"))
+    return ball_conv2d(leaves["x"], samples(source), *others, mask=leaves["mask"], **arguments, backend=backend)
+
+
+def run(leaves, arguments, samples, backend, cotangent=None):
     """The output and the gradient of every leaf."""
-    out = ball_conv2d(**leaves, **arguments, backend=backend)
+    out = apply(leaves, arguments, samples, backend)
     used = [t for t in leaves.values() if t is not None]
     if cotangent is None:
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -67,296 +76,282 @@ def close(actual, expected, rtol=1e-4, atol=1e-4):
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol * scale)
 
 
+def matches(call, **tolerances):
+    close(run(*call, "triton"), run(*call, "reference"), **tolerances)
+
+
+DEPTHWISE = {"groups": 8, "c_in": 8, "c_out": 8}
 CASES = {
     "plain": {},
     "no_mask": {"mask": False, "bias": False, "batch": 1},
-    "wide": {"c_in": 70, "c_out": 67, "size": (3, 2)},
+    "wide": {"c_in": 70, "c_out": 67, "size": (3, 2), "k": 2},
     "batch_3_stride_2": {"batch": 3, "stride": 2, "size": (9, 6)},
-    "dilation_2": {"dilation": 2, "padding": 2},
+    "dilation_2": {"dilation": 2, "padding": 2, "batch": 1},
     "kernel_2_no_padding": {"k": 2, "padding": 0},
-    "groups_2": {"groups": 2, "c_in": 8, "c_out": 6},
-    "groups_2_of_33": {"groups": 2, "c_in": 66, "c_out": 34, "size": (3, 2)},
+    "groups_2_of_33": {"groups": 2, "c_in": 66, "c_out": 34, "k": 2, "size": (3, 2)},
     "groups_4_joined_in_pairs": {"groups": 4, "c_in": 64, "c_out": 8, "size": (3, 2)},
-    "depthwise": {"groups": 6, "c_in": 6, "c_out": 6},
     "one_channel": {"c_in": 1, "c_out": 1},
     "free_taps": {"free": True, "padding": 0},
     "one_pixel": {"size": (1, 1)},
     "one_row": {"size": (1, 6), "mask": False},
+    "balls_2": {"balls": 2, "batch": 3, "size": (3, 4), "k": 2},
+    "balls_and_groups_2": {"balls": 2, "groups": 2, "c_in": 8, "size": (3, 4), "stride": 2},
+    "balls_2_groups_4_joined_in_pairs": {"balls": 2, "groups": 4, "c_in": 64, "c_out": 8, "size": (3, 2), "batch": 1},
+    "balls_4_groups_2_wide": {"balls": 4, "groups": 2, "c_in": 72, "c_out": 4, "k": 2, "size": (2, 2), "padding": 0},
+    "metric": {"metric": True},
+    "metric_onion_eps_no_mask": {"metric": True, "pattern": "onion", "eps": 1e-6, "mask": False, "batch": 1},
+    "metric_polar_stride_2": {"metric": True, "pattern": "polar", "stride": 2, "batch": 3, "groups": 2},
+    "metric_even_kernel": {"metric": True, "k": 2, "padding": 1},
+    "metric_on_the_floor": {"metric": True, "drift": 2.0, "mask": False},
+    "metric_balls_4_groups_2": {"metric": True, "balls": 4, "groups": 2, "c_in": 8, "size": (3, 3), "stride": 2},
+    "metric_balls_2_groups_4": {"metric": True, "balls": 2, "groups": 4, "c_in": 8, "c_out": 4, "size": (3, 3)},
+    "depthwise": DEPTHWISE,
+    "depthwise_kernel_5_stride_2": {**DEPTHWISE, "k": 5, "padding": 2, "stride": 2, "batch": 3, "size": (7, 5)},
+    "depthwise_free_taps_one_row": {**DEPTHWISE, "free": True, "padding": 0, "size": (1, 6), "mask": False},
+    "depthwise_uneven_channels": {"groups": 70, "c_in": 70, "c_out": 70, "size": (3, 2), "bias": False, "batch": 1},
+    "depthwise_balls_4": {**DEPTHWISE, "balls": 4, "size": (3, 3)},
+    "depthwise_metric": {**DEPTHWISE, "metric": True, "pattern": "onion", "eps": 1e-6},
+    "depthwise_metric_balls_3": {"groups": 36, "c_in": 36, "c_out": 36, "metric": True, "balls": 3, "batch": 1},
+    "depthwise_metric_on_the_floor": {**DEPTHWISE, "metric": True, "drift": 2.0, "mask": False},
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_reference(case):
-    leaves, arguments = make(**case)
-    close(run(leaves, arguments, "triton"), run(leaves, arguments, "reference"))
+    matches(make(**case))
 
 
-DETERMINISTIC = {
-    "plain": {"size": (3, 4)},
-    "wide": {"c_in": 66, "c_out": 35, "size": (2, 3), "batch": 1, "mask": False},
-    "groups_4_joined_in_pairs": {**CASES["groups_4_joined_in_pairs"], "batch": 1},
-    "one_row_stride_2": {"size": (1, 6), "batch": 3, "stride": 2},
+HALF = {
+    "dense": {"c_in": 33, "c_out": 18, "size": (4, 3)},
+    "metric_balls": {"metric": True, "c_in": 32, "c_out": 18, "balls": 2, "size": (4, 3), "batch": 1},
+    "depthwise": {**DEPTHWISE, "balls": 2},
+    "depthwise_metric": {**DEPTHWISE, "metric": True},
 }
 
 
-@pytest.mark.parametrize("case", DETERMINISTIC)
-def test_deterministic_variant(case, deterministic):
-    leaves, arguments = make(**DETERMINISTIC[case])
-    first = run(leaves, arguments, "triton")
-    if case == "plain":
-        assert all(map(torch.equal, first, run(leaves, arguments, "triton")))
-    torch.use_deterministic_algorithms(False)
-    close(first, run(leaves, arguments, "reference"))
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision(dtype):
-    leaves, arguments = make(c_in=33, c_out=18, size=(4, 3), dtype=dtype)
-    close(run(leaves, arguments, "triton"), run(leaves, arguments, "reference"), rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("case", HALF.values(), ids=HALF)
+def test_half_precision(case, dtype):
+    matches(make(**case, dtype=dtype), rtol=2e-2, atol=2e-2)
 
 
-def test_half_precision_deterministic(deterministic):
-    leaves, arguments = make(c_in=9, c_out=8, size=(3, 3), dtype=torch.bfloat16)
-    actual = run(leaves, arguments, "triton")
-    torch.use_deterministic_algorithms(False)
-    close(actual, run(leaves, arguments, "reference"), rtol=2e-2, atol=2e-2)
-
-
-def test_lattice_positions_equal_conv2d_and_its_one_sided_derivative():
-    leaves, arguments = make(mask=False)
-    lattice = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=2))).flip(1)
-    shape = leaves["positions"].shape
-    leaves["positions"] = lattice.to(DEVICE)[None, :, :, None, None].expand(shape).contiguous().requires_grad_()
-    actual = run(leaves, arguments, "triton")
-    expected = torch.nn.functional.conv2d(leaves["x"], leaves["weight"], leaves["bias"], padding=1)
+@pytest.mark.parametrize("case", ({}, DEPTHWISE), ids=("dense", "depthwise"))
+def test_lattice_positions_equal_conv2d_and_its_one_sided_derivative(case):
+    leaves, *others = make(mask=False, **case)
+    shape = leaves["source"].shape
+    leaves["source"] = lattice(3).to(DEVICE)[None, :, :, None, None].expand(shape).contiguous().requires_grad_()
+    actual = run(leaves, *others, "triton")
+    groups = others[0]["groups"]
+    expected = torch.nn.functional.conv2d(leaves["x"], leaves["weight"], leaves["bias"], padding=1, groups=groups)
     close(actual[:1], [expected])
-    close(actual, run(leaves, arguments, "reference" if DEVICE == "cuda" else "gather"))
+    close(actual, run(leaves, *others, "reference" if DEVICE == "cuda" else "gather"))
 
 
-def test_sampling_at_borders_and_far_outside():
-    leaves, arguments = make(mask=False, c_in=3, c_out=2)
+@pytest.mark.parametrize("case", ({"c_in": 3, "c_out": 2}, DEPTHWISE), ids=("dense", "depthwise"))
+def test_sampling_at_borders_and_far_outside(case):
+    leaves, *others = make(mask=False, **case)
     positions = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.25, 4.5, 6.0, 1e4, -1e9])
     with torch.no_grad():
-        leaves["positions"].copy_(positions[torch.randint(9, leaves["positions"].shape)])
-    close(run(leaves, arguments, "triton"), run(leaves, arguments, "reference"))
+        leaves["source"].copy_(positions[torch.randint(9, leaves["source"].shape)])
+    matches((leaves, *others))
 
 
+@pytest.mark.parametrize("case", ({"c_in": 3, "c_out": 2}, DEPTHWISE), ids=("dense", "depthwise"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf"), 3e38))
-def test_no_position_reads_or_writes_outside(value, deterministic):
-    leaves, arguments = make(batch=1, c_in=3, c_out=2, k=2)
+def test_no_position_reads_or_writes_outside(value, case):
+    leaves, *others = make(batch=1, k=2, **case)
     with torch.no_grad():
-        leaves["positions"][:, ::2] = value
-    out, grad_x, *_ = run(leaves, arguments, "triton")
-    torch.use_deterministic_algorithms(False)
-    again = run(leaves, arguments, "triton")
-    assert out.isfinite().all() and grad_x.isfinite().all() and again[1].isfinite().all()
-    close([out], [ball_conv2d(**leaves, **arguments, backend="reference")])
+        leaves["source"][:, ::2] = value
+    out, grad_x, *_ = run(leaves, *others, "triton")
+    assert out.isfinite().all() and grad_x.isfinite().all()
+    close([out], [apply(leaves, *others, "reference")])
 
 
-def test_empty_batch(deterministic):
-    leaves, arguments = make(batch=0)
-    for grad, leaf in zip(run(leaves, arguments, "triton")[1:], leaves.values(), strict=True):
+def torn(shape):
+    return lattice(3)[:, :, None, None] + 0.7 * torch.arange(shape[4]).remainder(3)
+
+
+def gathered(shape):
+    rows, columns = (torch.arange(float(n)) for n in shape[3:])
+    return 0.4 - torch.stack((columns.expand(shape[3:]), rows[:, None].expand(shape[3:])))
+
+
+# What neighbours add to one pixel is summed before it is written; these tell all cases of who takes whose share.
+NEIGHBOURS = {
+    "one shift for all": lambda shape: lattice(3)[:, :, None, None] + 0.3,
+    "a shift for each image": lambda shape: lattice(3)[:, :, None, None] + 2 * torch.randn(shape[0], 1, 2, 1, 1),
+    "every third column torn off": torn,
+    "all samples in one place": gathered,
+}
+
+
+@pytest.mark.parametrize("size, batch", (((3, 9), 2), ((18, 4), 1)))
+@pytest.mark.parametrize("positions", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_depthwise_neighbours_add_what_each_adds_alone(positions, size, batch):
+    leaves, *others = make(size=size, batch=batch, **DEPTHWISE)
+    shape = leaves["source"].shape
+    leaves["source"] = positions(shape).expand(shape).contiguous().to(DEVICE).requires_grad_()
+    matches((leaves, *others))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter can count")
+def test_depthwise_needs_few_atomics(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    written, add = [0], InterpreterBuilder.create_atomic_rmw
+
+    def counting(self, operation, pointer, value, mask, *others):
+        written[0] += int(mask.data.sum())
+        return add(self, operation, pointer, value, mask, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counting)
+    size = (16, 16)
+    leaves, *others = make(batch=1, size=size, **DEPTHWISE)
+    shape = leaves["source"].shape
+    leaves["source"] = (lattice(3)[:, :, None, None] + 0.3).expand(shape).to(DEVICE).requires_grad_()
+    run(leaves, *others, "triton")
+    samples = 16 * 16 * 9 * 8
+    # four corners each; two tiles of 8×16 pixels have 17·9 corners each, and count some on their rim twice
+    assert samples / 2 < written[0] < 1.4 * samples
+
+
+@pytest.mark.parametrize("case", ({}, DEPTHWISE, {"metric": True, "balls": 2}), ids=("dense", "depthwise", "metric"))
+def test_empty_batch(case):
+    call = make(batch=0, **case)
+    for grad, leaf in zip(run(*call, "triton")[1:], call[0].values(), strict=True):
         assert grad.shape == leaf.shape and not grad.any()
 
 
-def test_memory_formats():
-    leaves, arguments = make(size=(3, 4))
-    expected = run(leaves, arguments, "reference")
-    assert run(leaves, arguments, "triton")[0].is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("case", ({}, DEPTHWISE), ids=("dense", "depthwise"))
+def test_memory_formats(case):
+    leaves, *others = make(size=(3, 4), balls=2, **case)
+    expected = run(leaves, *others, "reference")
+    assert run(leaves, *others, "triton")[0].is_contiguous(memory_format=torch.channels_last)
     for view in (lambda t: t.to(memory_format=torch.channels_last), lambda t: t.repeat_interleave(2, -1)[..., ::2]):
         strided = {name: view(t.detach()) if t.dim() == 4 else t for name, t in leaves.items()}
-        strided["positions"] = leaves["positions"].detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        strided["source"] = leaves["source"].detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
         strided = {name: t.detach().requires_grad_() for name, t in strided.items()}
         cotangent = view(torch.randn(expected[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
-        close(run(strided, arguments, "triton", cotangent), expected)
+        close(run(strided, *others, "triton", cotangent), expected)
 
 
-def test_only_the_gradients_asked_for():
-    leaves, arguments = make(batch=1, size=(3, 4))
-    expected = dict(zip(leaves, run(leaves, arguments, "reference")[1:], strict=True))
+@pytest.mark.parametrize("case", ({}, DEPTHWISE), ids=("dense", "depthwise"))
+def test_only_the_gradients_asked_for(case):
+    leaves, *others = make(batch=1, size=(3, 4), **case)
+    expected = dict(zip(leaves, run(leaves, *others, "reference")[1:], strict=True))
     for name in leaves:
         some = {key: t.detach().requires_grad_(key == name) for key, t in leaves.items()}
-        out = ball_conv2d(**some, **arguments, backend="triton")
+        out = apply(some, *others, "triton")
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         close(torch.autograd.grad(out, some[name], cotangent), [expected[name]])
 
 
-def test_float64_is_left_to_the_reference():
-    leaves, arguments = make(size=(3, 3), c_in=2, c_out=2)
-    leaves = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    close(run(leaves, arguments, "triton"), run(leaves, arguments, "reference"), 0, 0)
-
-
-def make_metric(pattern="lattice", k=3, batch=2, size=(4, 3), eps_omega=0.3, eps=0.0, **others):
-    """(leaves with fields for positions, arguments, points, positions of leaves)."""
-    leaves, arguments = make(batch=batch, size=size, k=k, padding=k // 2, **others)
-    out = leaves["positions"].shape[3:]
-    lower = torch.randn(batch, 3, *out) * 0.3
-    l0, l1, l2 = 1 + lower[:, 0], lower[:, 1], 1 - lower[:, 2]
-    drift = 0.3 * torch.randn(batch, 2, *out)
-    fields = torch.stack((l0 * l0, l0 * l1, l1 * l1 + l2 * l2, drift[:, 0], drift[:, 1]), 1).to(DEVICE).requires_grad_()
-    directions, radii = (t.float().to(DEVICE) for t in PATTERNS[pattern](k))
-    points = (radii[:, :, None] * directions).flatten(0, 1)
-    directions = directions.repeat(len(radii), 1)
-
-    def positions(fields):
-        a, b, d = fields[:, 0], fields[:, 1], fields[:, 2]
-        metric = a, b, d, (a * d - b * b).sqrt()
-        finsler = randers(directions, metric, fields[:, 3:].permute(0, 2, 3, 1), eps_omega)
-        return (points * (1 / (finsler + eps))[..., None]).permute(0, 3, 4, 1, 2)
-
-    del leaves["positions"]
-    return {"fields": fields, **leaves}, arguments, points, positions, {"eps_omega": eps_omega, "eps": eps}
-
-
-def run_metric(leaves, arguments, points, settings):
-    x, fields, weight, bias, mask = (leaves[name] for name in ("x", "fields", "weight", "bias", "mask"))
-    pairs = [[arguments[name]] * 2 for name in ("stride", "padding", "dilation")]
-    out = triton_metric_conv2d(x, fields, weight, bias, mask, *pairs, arguments["groups"], points, **settings)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out, *torch.autograd.grad(out, [t for t in leaves.values() if t is not None], cotangent)]
-
-
-METRICS = {
-    "lattice": {},
-    "onion_with_eps": {"pattern": "onion", "eps": 1e-6, "mask": False},
-    "polar": {"pattern": "polar", "stride": 2, "batch": 3, "size": (5, 4), "groups": 2},
-    "riemannian": {"eps_omega": 1.0},
-    "even_kernel": {"k": 2},
-    "bfloat16": {"dtype": torch.bfloat16, "c_in": 20, "c_out": 18},
-}
-
-
-@pytest.mark.parametrize(
-    "name, deterministically", [*((name, False) for name in METRICS), ("lattice", True), ("polar", True)]
-)
-def test_metric_entry_matches_the_positions(name, deterministically):
-    case = METRICS[name]
-    leaves, arguments, points, positions, settings = make_metric(**case)
-    torch.use_deterministic_algorithms(deterministically)
+@pytest.mark.parametrize("metric", (False, True))
+def test_what_is_left_to_the_reference(metric):
+    leaves, *others = make(size=(3, 3), c_in=2, c_out=2, metric=metric)
+    torch.use_deterministic_algorithms(True)
     try:
-        actual = run_metric(leaves, arguments, points, settings)
+        matches((leaves, *others), rtol=0, atol=0)
     finally:
         torch.use_deterministic_algorithms(False)
-    named = {"positions": positions(leaves["fields"]), **{n: t for n, t in leaves.items() if n != "fields"}}
-    out = ball_conv2d(**named, **arguments, backend="reference")
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    used = [t for t in leaves.values() if t is not None]
-    expected = [out, *torch.autograd.grad(out, used, cotangent)]
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if case.get("dtype") else {"rtol": 2e-4, "atol": 2e-4}
-    close(actual, expected, **tolerance)
+    if not metric:
+        leaves = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        matches((leaves, *others), rtol=0, atol=0)
 
 
-def test_metric_entry_wants_float32_fields():
-    leaves, arguments, points, _, settings = make_metric()
-    leaves["fields"] = leaves["fields"].detach().bfloat16()
-    with pytest.raises(TypeError, match="float32 fields"):
-        run_metric(leaves, arguments, points, settings)
-
-
-def test_registration():
-    groups, fake = 2, ("test_schema", "test_faketensor")
-    leaves, arguments = make(batch=1, size=(2, 3), k=2, padding=1, c_in=4, c_out=2, groups=groups)
+@pytest.mark.parametrize("metric", (False, True))
+@pytest.mark.parametrize("c_out", (2, 4), ids=("dense", "depthwise"))
+def test_registration(metric, c_out):
+    groups, fake = (2 if c_out == 2 else 4), ("test_schema", "test_faketensor")
+    leaves, arguments, samples = make(
+        batch=1, size=(1, 2), k=2, padding=1, c_in=4, c_out=c_out, groups=groups, metric=metric
+    )
     pairs = [[arguments[name]] * 2 for name in ("stride", "padding", "dilation")]
+    points = (samples(None).points.flatten(0, -2), 1e-6) if metric else ()
     ops = torch.ops.timm_metricconv
-    torch.library.opcheck(ops.triton_conv2d.default, (*leaves.values(), *pairs, groups))
-    x, positions, weight, _, mask = (t.detach() for t in leaves.values())
-    grad = torch.randn(1, 2, *positions.shape[3:], device=DEVICE)
-    backward = (grad, x, positions, weight, mask, *pairs, groups)
-    for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
-        torch.library.opcheck(ops.triton_conv2d_backward.default, (*backward, *needs), test_utils=fake)
-
-    leaves, arguments, points, _, settings = make_metric(batch=1, k=2, size=(2, 3), c_in=4, c_out=2, groups=groups)
-    x, fields, weight, bias, mask = (leaves[name] for name in ("x", "fields", "weight", "bias", "mask"))
-    metric = (points, *settings.values())
-    torch.library.opcheck(ops.triton_conv2d.default, (x, fields, weight, bias, mask, *pairs, groups, *metric))
-    x, fields, weight, mask = (t.detach() for t in (x, fields, weight, mask))
-    backward = (grad, x, fields, weight, mask, *pairs, groups, True, True, True, *metric)
-    torch.library.opcheck(ops.triton_conv2d_backward.default, backward, test_utils=fake)
+    torch.library.opcheck(ops.triton_conv2d.default, (*leaves.values(), *pairs, groups, *points))
+    x, source, weight, _, mask = (t.detach() for t in leaves.values())
+    grad = torch.randn(1, c_out, *source.shape[-2:], device=DEVICE)
+    for needs in ((True, True, True), (False, False, True)):
+        call = (grad, x, source, weight, mask, *pairs, groups, *needs, *points)
+        torch.library.opcheck(ops.triton_conv2d_backward.default, call, test_utils=fake)
 
 
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
-    leaves, arguments, points, positions, settings = make_metric(mask=False)
-    with FlopCounterMode(display=False) as counter:
-        run_metric(leaves, arguments, points, settings)
-    counts.append(counter.get_total_flops())
-    named = {"positions": positions(leaves["fields"]).detach().requires_grad_(), "mask": None}
-    named.update({name: leaves[name] for name in ("x", "weight", "bias")})
-    with FlopCounterMode(display=False) as counter:
-        run(named, arguments, "triton")
-    counts.append(counter.get_total_flops())
+    for metric in (False, True):
+        call = make(batch=1, size=(3, 3), metric=metric)
+        with FlopCounterMode(display=False) as counter:
+            run(*call, "triton")
+        counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
 
 def test_choice_of_backend():
     assert list(BACKENDS).index("triton") < list(BACKENDS).index("torchvision")
-    leaves, arguments = make(batch=1, size=(3, 3), c_in=2, c_out=2)
-    name = ball_conv2d(**leaves, **arguments).grad_fn.name()
+    name = apply(*make(batch=1, size=(3, 3), c_in=2, c_out=2), None).grad_fn.name()
     assert ("gather" if DEVICE == "cpu" else "triton") in name
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=needs_gpu)))
-def test_compiles_without_graph_breaks(compiler):
-    leaves, arguments = make(batch=1, size=(4, 4), c_in=4, c_out=3)
+@pytest.mark.parametrize("metric", (False, True))
+def test_compiles_without_graph_breaks(metric, compiler):
+    leaves, *others = make(batch=1, size=(4, 4), c_in=4, c_out=3, metric=metric)
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda **kw: ball_conv2d(**kw, **arguments, backend="triton"), fullgraph=True, backend=compiler
-    )
-    out = compiled(**leaves)
+    out = torch.compile(lambda **kw: apply(kw, *others, "triton"), fullgraph=True, backend=compiler)(**leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    close([out, *torch.autograd.grad(out, list(leaves.values()), cotangent)], run(leaves, arguments, "reference"))
+    close([out, *torch.autograd.grad(out, list(leaves.values()), cotangent)], run(leaves, *others, "reference"))
 
 
 def test_activation_checkpointing():
-    leaves, arguments = make(batch=1, size=(4, 4), c_in=4, c_out=3)
-    out = torch.utils.checkpoint.checkpoint(
-        lambda **kw: ball_conv2d(**kw, **arguments, backend="triton"), use_reentrant=False, **leaves
-    )
+    leaves, *others = make(batch=1, size=(4, 4), c_in=4, c_out=3)
+    out = torch.utils.checkpoint.checkpoint(lambda **kw: apply(kw, *others, "triton"), use_reentrant=False, **leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    close([out, *torch.autograd.grad(out, list(leaves.values()), cotangent)], run(leaves, arguments, "reference"))
+    close([out, *torch.autograd.grad(out, list(leaves.values()), cotangent)], run(leaves, *others, "reference"))
 
 
 @needs_gpu
 def test_cuda_graph():
-    leaves, arguments = make(batch=1, mask=False)
-    expected = run(leaves, arguments, "triton")
+    call = make(batch=1, mask=False)
+    ones = torch.ones_like(run(*call, "triton")[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(leaves, arguments, "triton", torch.ones_like(expected[0]))
+        captured = run(*call, "triton", ones)
     graph.replay()
-    close(captured, run(leaves, arguments, "triton", torch.ones_like(expected[0])))
+    close(captured, run(*call, "triton", ones))
 
 
 @needs_gpu
-def test_more_than_two_to_the_31_elements():
+@pytest.mark.parametrize("groups", (1, 256), ids=("dense", "depthwise"))
+def test_more_than_two_to_the_31_elements(groups):
     x = torch.randn(5, 256, 1300, 1300, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    weight = torch.randn(4, 256, 1, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(4 if groups == 1 else 256, 256 // groups, 1, device=DEVICE, dtype=torch.bfloat16)
     positions = torch.zeros(5, 1, 2, 1300, 1300, device=DEVICE)
-    out = ball_conv2d(x, positions, weight, backend="triton")
-    close([out], [torch.nn.functional.conv2d(x, weight[..., None])], 2e-2, 2e-2)
+    out = ball_conv2d(x, positions, weight, groups=groups, backend="triton")
+    close([out], [torch.nn.functional.conv2d(x, weight[..., None], groups=groups)], 2e-2, 2e-2)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"modulated": True, "stride": 2},
-        {"parametrization": "cholesky", "drift": "sigmoid_norm", "pattern": "onion", "eps_omega": 1.0},
-        {"pattern": "polar"},
-    ],
-)
+LAYERS = [
+    {},
+    {"modulated": True, "stride": 2},
+    {"parametrization": "cholesky", "drift": "sigmoid_norm", "pattern": "onion", "eps_omega": 1.0},
+    {"pattern": "polar", "metric_groups": 2},
+    {"groups": 8, "metric_groups": 4, "modulated": True},
+]
+
+
+@pytest.mark.parametrize("arguments", LAYERS)
 def test_layer_takes_the_fused_metric(arguments):
-    layer = MetricConv2d(6, 8, 3, backend="triton", **arguments).to(DEVICE)
+    layer = MetricConv2d(8, 8, 3, backend="triton", **arguments).to(DEVICE)
     torch.nn.init.normal_(layer.predictor.weight, std=0.2)
-    x = torch.randn(2, 6, 7, 5, device=DEVICE, requires_grad=True)
-    assert fuses_metric(x, layer.weight, "triton")
+    x = torch.randn(2, 8, 5, 4, device=DEVICE, requires_grad=True)
     results = []
     for layer.backend in ("triton", "reference"):
         out = layer(x)
         cotangent = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
         results.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], cotangent)])
+    assert "triton" in results[0][0].grad_fn.name()
     for value, truth in zip(*results, strict=True):
         assert (value - truth).norm() <= 1e-4 * truth.norm()

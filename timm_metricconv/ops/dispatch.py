@@ -14,6 +14,11 @@ from .torchvision_deform import ball_conv2d_torchvision
 from .triton_fused import triton_conv2d
 from .triton_fused import why_not as _triton_why_not
 
+try:
+    from .compiled import compiled_conv2d
+except Exception:  # Numba is optional, and a broken installation of it must not break this import
+    compiled_conv2d = None  # type: ignore[assignment]
+
 IntPair = Union[int, Sequence[int]]
 
 
@@ -29,6 +34,10 @@ class Backend(NamedTuple):
     why_not: Callable[[str, int], Optional[str]]
 
 
+def _compiled_why_not(device: str, weight_dim: int) -> Optional[str]:
+    return "numba is not installed, or fails here" if compiled_conv2d is None else _gather_why_not(device, weight_dim)
+
+
 def _gather_why_not(device: str, weight_dim: int) -> Optional[str]:
     return None if device == "cpu" else "it is written for the CPU"
 
@@ -42,6 +51,7 @@ def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
 # In order of preference: the first that can run is taken. What stands before the reference is written for certain
 # devices; the reference runs on all, and `grid_sample` is for images of few channels.
 BACKENDS: Dict[str, Backend] = {
+    "compiled": Backend(compiled_conv2d, _compiled_why_not),
     "gather": Backend(gather_conv2d, _gather_why_not),
     "triton": Backend(triton_conv2d, _triton_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),

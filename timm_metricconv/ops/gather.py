@@ -320,16 +320,20 @@ def _kernel_gradient(table: Tensor, plan: _Plan, upstream: Tensor, kernel: Tenso
     for pixels in _pieces(len(upstream), slab):
         samples = slice(pixels.start * taps, pixels.stop * taps)
         columns = _columns(table, plan.corners[samples], plan.weights[samples], taps)
-        groups = kernel.shape[0] * kernel.shape[1]
-        if groups == 1:
-            part = _matmul(upstream[pixels].t(), columns.t()).view_as(kernel)
-        else:
-            grouped = upstream[pixels].unflatten(1, (groups, -1)).permute(1, 2, 0)
-            part = torch.bmm(grouped, _grouped(columns, kernel)).view_as(kernel)
+        part = _product_gradient(columns, upstream[pixels], kernel)
         total = part.to(torch.promote_types(part.dtype, torch.float32)) if total is None else total.add_(part)
         del columns, part
     assert total is not None, "a plan has pixels"
     return total
+
+
+def _product_gradient(columns: Tensor, upstream: Tensor, kernel: Tensor) -> Tensor:
+    """The kernel's gradient from n pixels' columns and gradients `[n, C_out]`."""
+    groups = kernel.shape[0] * kernel.shape[1]
+    if groups == 1:
+        return _matmul(upstream.t(), columns.t()).view_as(kernel)
+    grouped = upstream.unflatten(1, (groups, -1)).permute(1, 2, 0)
+    return torch.bmm(grouped, _grouped(columns, kernel)).view_as(kernel)
 
 
 def _sample_gradient(upstream: Tensor, kernel: Tensor) -> Tensor:

@@ -185,3 +185,20 @@ def count_macs(model: nn.Module, size: int) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return counter.get_total_flops() / 2e9
+
+
+def count_activations(model: nn.Module, size: int) -> float:
+    """Outputs of convolutions and linear layers for one image of `size`² pixels in units of 1e6, predictors' counted."""
+    count = 0
+
+    def add(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal count
+        count += output.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, BallConv2d))]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return count / 1e6

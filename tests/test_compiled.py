@@ -1,0 +1,235 @@
+"""The compiled CPU backend where `test_ops.py` does not look: random shapes, memory layouts, threads and processes."""
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from timm_metricconv.geometry import PATTERNS
+from timm_metricconv.ops import BACKENDS, Samples, ball_conv2d
+
+compiled = pytest.importorskip("timm_metricconv.ops.compiled", reason="needs numba")
+ROOT = Path(__file__).parent.parent
+
+
+def problem(seed, depthwise, metric, dtype=torch.float32, **fixed):
+    """Leaves (x, source, weight, bias, mask), and the function of them that a backend computes."""
+    choose = random.Random(seed)
+    sizes = {
+        "batch": choose.choice([1, 2, 3]),
+        "runs": choose.choice([1, 2, 3]),
+        "width": choose.choice([1, 4, 16, 20, 32]),  # channels of a metric group
+        "k": choose.choice([1, 2, 3, 5]),
+        "size": (choose.choice([1, 2, 5, 9]), choose.choice([1, 3, 8])),
+        "mask": choose.random() < 0.5,
+        "bias": choose.random() < 0.5,
+    } | fixed
+    k, channels = sizes["k"], sizes["runs"] * sizes["width"]
+    groups = channels if depthwise else choose.choice([1, sizes["runs"]])
+    out_channels = channels if depthwise else groups * choose.choice([1, 3])
+    stride, dilation = ([choose.choice([1, 2]) for _ in "yx"] for _ in range(2))
+    padding = [d * (k - 1) for d in dilation]
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, s in zip(sizes["size"], padding, dilation, stride, strict=True)
+    ]
+    shape = sizes["batch"], sizes["runs"], k * k, *out
+    if metric:
+        source = 0.3 * torch.randn(shape[0], shape[1], 5, *out)
+        source[:, :, [0, 2]] += 1
+        source = source.flatten(1, 2)
+    else:
+        source = 1.5 * torch.randn(*shape[:3], 2, *out).flatten(1, 2)
+    leaves = {
+        "x": torch.randn(sizes["batch"], channels, *sizes["size"], dtype=dtype),
+        "source": source,
+        "weight": torch.randn(out_channels, channels // groups, k, k, dtype=dtype),
+    }
+    leaves |= {"bias": torch.randn(out_channels, dtype=dtype)} if sizes["bias"] else {}
+    leaves |= {"mask": torch.rand(shape).flatten(1, 2)} if sizes["mask"] else {}
+    points = PATTERNS["lattice"](k, tuple(dilation))
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+    def function(source, backend="compiled", **others):
+        samples = Samples(source, points.to(source), 1e-6) if metric else source
+        return ball_conv2d(samples=samples, backend=backend, **geometry, **others)
+
+    return leaves, function
+
+
+def run(function, leaves, **options):
+    """The output and the gradient of every leaf."""
+    leaves = {key: leaf.detach().requires_grad_() for key, leaf in leaves.items()}
+    out = function(**leaves, **options)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos()
+    (out.double() * cotangent).sum().backward()
+    return {"out": out.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+
+
+def compare_with_reference(function, leaves, tolerance):
+    actual = run(function, leaves)
+    expected = run(function, {key: leaf.double() for key, leaf in leaves.items()}, backend="reference")
+    for key, value in expected.items():
+        error, size = (actual[key].double() - value).abs().max(), value.abs().max()
+        assert error <= tolerance * (1e-2 + size), f"{key}: {error} of {size}"
+
+
+@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("depthwise", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_the_reference(seed, depthwise, metric):
+    leaves, function = problem(seed, depthwise, metric)
+    compare_with_reference(function, leaves, 1e-4)
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_equals_the_reference_in_bfloat16(depthwise):
+    leaves, function = problem(0, depthwise, True, torch.bfloat16, size=(9, 8), mask=True, bias=True)
+    compare_with_reference(function, leaves, 4e-2)
+    assert function(**leaves).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_any_memory_layout(depthwise):
+    """x, source and mask as slices, transposed, and channels-last."""
+    leaves, function = problem(1, depthwise, True, size=(6, 5), mask=True, batch=2, runs=2)
+    expected = run(function, leaves)
+    for lay in (
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: torch.stack((t, t), -1)[..., 1],
+        lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+    ):
+        laid = {key: lay(t) if key in ("x", "source", "mask") else t for key, t in leaves.items()}
+        for key, value in run(function, laid).items():
+            torch.testing.assert_close(value, expected[key], msg=key)
+
+
+@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_a_batch_of_nothing(depthwise, metric):
+    leaves, function = problem(2, depthwise, metric, batch=0)
+    for key, value in run(function, leaves).items():
+        assert value.shape == leaves[key].shape if key in leaves else value.numel() == 0, key
+        assert not value.any(), key
+
+
+@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -1e20])
+def test_samples_that_are_nowhere_read_zero(value, metric):
+    """A wild index would read other memory or end the process; a sample far away has no gradient either."""
+    leaves, function = problem(3, True, metric, size=(5, 8), bias=False, mask=False, k=2)
+    if metric:  # NaN in A; a huge drift that keeps F at its floor is tested elsewhere
+        leaves["source"].fill_(float("nan"))
+    else:
+        leaves["source"].fill_(value)
+    actual = run(function, leaves)
+    assert not actual["out"].any() and not actual["x"].any() and not actual["weight"].any()
+    if not metric:
+        assert not actual["source"].any()
+
+
+@pytest.mark.parametrize("needs", [{"x"}, {"source"}, {"weight"}, {"mask"}, {"x", "weight"}])
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_only_the_gradients_that_are_wanted(depthwise, needs):
+    leaves, function = problem(4, depthwise, True, mask=True)
+    expected = run(function, leaves)
+    leaves = {key: leaf.requires_grad_(key in needs) for key, leaf in leaves.items()}
+    out = function(**leaves)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos()
+    (out.double() * cotangent).sum().backward()
+    for key, leaf in leaves.items():
+        if key in needs:
+            torch.testing.assert_close(leaf.grad, expected[key])
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_threads_change_nothing(depthwise, monkeypatch):
+    """A thread that wrote where another does, or a piece that was left out, would show."""
+    monkeypatch.setattr(compiled, "THREAD_NUMBERS", 1)
+    leaves, function = problem(5, depthwise, True, batch=3, runs=2, width=32, k=3, size=(9, 8), mask=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(function, leaves))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            if depthwise:
+                assert torch.equal(value, other[key]), key
+            else:  # the slabs differ, and with them the order of a matrix product's sums
+                torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_many_slabs(depthwise, monkeypatch):
+    monkeypatch.setattr(compiled.gather, "SLAB_BYTES", 1)
+    leaves, function = problem(6, depthwise, True, batch=3, runs=2, width=16, k=3, size=(9, 8), mask=True)
+    compare_with_reference(function, leaves, 1e-4)
+
+
+def test_two_callers_at_once():
+    leaves, function = problem(7, True, True, batch=2, runs=2, width=32, k=5, size=(9, 8))
+    expected = run(function, leaves)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: run(function, leaves), range(16)):
+            for key, value in expected.items():
+                assert torch.equal(value, result[key]), key
+
+
+class Convolved(Dataset):
+    """Runs the op in a worker."""
+
+    def __init__(self, threads):
+        self.leaves, self.function = problem(8, True, True, batch=2, runs=2, width=32, k=5, size=(9, 8))
+        self.threads = threads
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        torch.set_num_threads(self.threads)
+        return self.function(**self.leaves)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_works_in_a_fork_of_a_process_that_has_used_it(threads, monkeypatch):
+    """Threads do not survive a fork: a pool that outlived its call would wait for ever, as torch's own does."""
+    monkeypatch.setattr(compiled, "THREAD_NUMBERS", 1)
+    data = Convolved(threads)
+    expected = data.function(**data.leaves)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for out in loader:
+        assert torch.equal(out, expected)
+
+
+def test_imports_without_numba():
+    code = (
+        "import sys; sys.modules['numba'] = None; import torch; from timm_metricconv.ops import BACKENDS, ball_conv2d;"
+    )
+    code += "assert BACKENDS['compiled'].why_not('cpu', 4) == 'numba is not installed, or fails here';"
+    code += "print(ball_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 2, 3, 3), torch.ones(1, 2, 1, 1)).sum())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "18" in done.stdout
+
+
+def test_imports_where_nothing_can_be_written():
+    """Numba raises where it finds no place for its cache; every process then compiles for itself."""
+    code = "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
+    code += "from timm_metricconv.ops import compiled;"
+    code += "assert isinstance(compiled._backward._cache, caching.NullCache)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_is_the_default_on_a_cpu():
+    assert next(iter(BACKENDS)) == "compiled"

@@ -1,0 +1,240 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be there: registers, spills, occupancy.
+
+The kernels are compiled as they are launched: `ops` does its whole work on tensors without values, and the launcher
+that it is given compiles.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from rich.progress import track
+
+from ..ops.custom_op import Arguments
+from ..ops.triton_common import INTERPRETED, Launcher, triton
+from ..ops.triton_fused import forward, gradients
+from .config import ConfigError
+from .report import console, print_table, write_atomic
+
+
+class Processor(NamedTuple):
+    """What programs share on one multiprocessor.
+
+    Attributes:
+        registers: What each of its four schedulers has, of 32 bits.
+        granule: A warp gets a multiple of this.
+        warps: The most for one scheduler.
+        shared: Bytes of shared memory.
+        reserved: Bytes of it that each program loses to the system.
+        lanes: Threads of a warp.
+    """
+
+    registers: int
+    granule: int
+    warps: int
+    shared: int
+    reserved: int
+    lanes: int
+
+
+# CUDA C++ programming guide, technical specifications; AMD CDNA3 instruction set architecture, 3.6
+PROCESSORS: Dict[str, Processor] = {
+    "sm_80": Processor(16384, 256, 16, 164 * 1024, 1024, 32),
+    "sm_86": Processor(16384, 256, 12, 100 * 1024, 1024, 32),
+    "sm_89": Processor(16384, 256, 12, 100 * 1024, 1024, 32),
+    "sm_90": Processor(16384, 256, 16, 228 * 1024, 1024, 32),
+    "sm_100": Processor(16384, 256, 16, 228 * 1024, 1024, 32),
+    "sm_120": Processor(16384, 256, 12, 100 * 1024, 1024, 32),
+    "gfx90a": Processor(512 * 64, 8 * 64, 8, 64 * 1024, 0, 64),
+    "gfx942": Processor(512 * 64, 8 * 64, 8, 64 * 1024, 0, 64),
+    "gfx950": Processor(512 * 64, 8 * 64, 8, 160 * 1024, 0, 64),
+}
+SCHEDULERS = 4
+POINTERS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MATRIX_INSTRUCTIONS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma|v_smfmac)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call of the operator.
+
+    Attributes:
+        metric: The samples come as metrics, not positions.
+        mask: They are modulated.
+        groups: The kernel has four groups and there are eight balls.
+        depthwise: Every channel is a group.
+    """
+
+    metric: bool = False
+    mask: bool = False
+    groups: bool = False
+    depthwise: bool = False
+
+    def __str__(self) -> str:
+        parts = "metric" if self.metric else "positions", "mask" * self.mask, "groups" * self.groups
+        return "+".join(filter(None, parts))
+
+
+VARIANTS = [Variant(*flags) for flags in itertools.product((False, True), repeat=4)]
+CHANNELS, SIZE, BATCH, K = 128, 28, 8, 3
+
+
+def programs_per_processor(arch: str, registers: int, shared_bytes: int, warps: int) -> int:
+    """How many programs of `warps` warps fit a multiprocessor at once.
+
+    Args:
+        arch: A name from `PROCESSORS`.
+        registers: Of a thread.
+        shared_bytes: Of a program.
+        warps: Of a program.
+    """
+    limit = PROCESSORS[arch]
+    whole = -(-registers * limit.lanes // limit.granule) * limit.granule
+    resident = SCHEDULERS * min(limit.registers // whole, limit.warps)
+    return min(resident // warps, limit.shared // max(shared_bytes + limit.reserved, 1))
+
+
+def _nvidia_usage(cubin: bytes) -> Tuple[int, int]:
+    """Registers of a thread, and bytes that it spills to local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(program), "-res-usage", str(path)]
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _amd_usage(assembly: str) -> Tuple[int, int]:
+    """Registers of a thread (vector and accumulation registers share a file), and how many it spills."""
+    registers, spills = (
+        int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return registers, spills
+
+
+class Compiler(Launcher):
+    """A launcher that compiles for `arch` and keeps a record of every kernel."""
+
+    def __init__(self, arch: str):
+        self.hip, self.arch, self.processors = arch.startswith("gfx"), arch, 132
+        self.records: List[Dict[str, Any]] = []
+
+    def __call__(self, kernel: Any, grid: Tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+        """Compiles `kernel` as a launch with these arguments would."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, constants, attributes = {}, {}, {}
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        values.update({name: settings.pop(name) for name in kernel.arg_names if name in settings})
+        for i, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            special = not (parameter.is_constexpr or parameter.do_not_specialize)
+            if isinstance(value, torch.Tensor):
+                # AMD's driver also says that a tensor is smaller than 2 GB
+                within = [["tt.pointer_range", 32]] if self.hip else []
+                signature[name], attributes[(i,)] = "*" + POINTERS[value.dtype], [["tt.divisibility", 16], *within]
+            elif parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+                signature[name], constants[(i,)] = "constexpr", value
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if special and isinstance(value, int) and value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        if self.hip:
+            target = GPUTarget("hip", self.arch, PROCESSORS[self.arch].lanes)
+        else:
+            target = GPUTarget("cuda", int(self.arch[3:]), 32)
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=settings)
+        assembly = compiled.asm["amdgcn" if self.hip else "ptx"]
+        registers, spills = _amd_usage(assembly) if self.hip else _nvidia_usage(compiled.asm["cubin"])
+        shared = compiled.metadata.shared
+        warps = compiled.metadata.num_warps
+        self.records.append(
+            {
+                "kernel": kernel.__name__,
+                "arch": self.arch,
+                "registers": registers,
+                "spills": spills,
+                "shared_bytes": shared,
+                "programs_per_sm": programs_per_processor(self.arch, registers, shared, warps),
+                "tensor_cores": len(re.findall(MATRIX_INSTRUCTIONS, assembly)),
+                "warps": warps,
+                "tile": [value for name, value in values.items() if name.startswith("BLOCK_")],
+            }
+        )
+
+
+def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: bool = True) -> List[Dict[str, Any]]:
+    """Compiles every kernel that a call launches.
+
+    Args:
+        arch: A name from `PROCESSORS`.
+        dtype: Of the image and the kernel.
+        variant: The call.
+        backward: With the gradients of everything.
+
+    Returns:
+        A record for each kernel: kernel, arch, dtype, variant, registers and spills (of a thread), shared_bytes,
+        programs_per_sm, tensor_cores (matrix instructions in its code), warps and tile.
+    """
+    balls = 8 if variant.groups else 1
+    groups = CHANNELS if variant.depthwise else 4 if variant.groups else 1
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    arguments = Arguments(
+        empty(BATCH, CHANNELS, SIZE, SIZE, dtype=dtype),
+        empty(BATCH, balls * 5, SIZE, SIZE) if variant.metric else empty(BATCH, balls * K * K, 2, SIZE, SIZE),
+        empty(CHANNELS, CHANNELS // groups, K, K, dtype=dtype),
+        empty(BATCH, balls * K * K, SIZE, SIZE) if variant.mask else None,
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        groups,
+        empty(K * K, 2) if variant.metric else None,
+        0.0,
+    )
+    compiler = Compiler(arch)
+    out = forward(arguments, empty(CHANNELS, dtype=dtype), compiler)
+    if backward:
+        gradients(arguments, out, True, True, True, compiler)
+    described = {"dtype": str(dtype).removeprefix("torch."), "variant": str(variant)}
+    prefix = "depthwise_" if variant.depthwise else ""
+    return [{**record, "kernel": prefix + record["kernel"], **described} for record in compiler.records]
+
+
+def compile_report(arches: Sequence[str], output: Optional[str] = None) -> List[Dict[str, Any]]:
+    """Compiles every kernel for every architecture, dtype and variant, and prints a table.
+
+    Args:
+        arches: Names from `PROCESSORS`.
+        output: JSON file for the records.
+
+    Returns:
+        The records of `compile_kernels`.
+
+    Raises:
+        ConfigError: Triton is not installed or interprets, or an architecture is unknown.
+    """
+    if triton is None or INTERPRETED:
+        raise ConfigError("what='compile' needs triton's compiler: install triton and unset TRITON_INTERPRET.")
+    unknown = [arch for arch in arches if arch not in PROCESSORS]
+    if unknown:
+        raise ConfigError(f"arch: expected some of {', '.join(PROCESSORS)}; got {unknown}.")
+    cases = list(itertools.product(arches, POINTERS, VARIANTS))
+    records = []
+    for arch, dtype, variant in track(cases, "compile", console=console, transient=True):
+        records += compile_kernels(arch, dtype, variant)
+        if output:
+            write_atomic(output, json.dumps(records, indent=2) + "\n")
+    print_table(records, f"triton {triton.__version__}, compiled and not run")
+    return records
