@@ -1,15 +1,18 @@
 """The benchmark: what it writes, and that it times nothing that is wrong."""
 
+import csv
 import json
 import math
 
 import pytest
+import timm
 import torch
 
 from timm_metricconv.ops import BACKENDS
 from timm_metricconv.recipes import benchmark as module
 from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark
 from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.network import count_activations, count_macs
 
 KEYS = {
     "what", "peer", "backend", "shape", "dtype", "direction", "median_ms", "ratio_to_conv",
@@ -43,6 +46,36 @@ def test_models():
     records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", "deform", "shifted", "metric"}
     assert {record["shape"] for record in records} == {"test_resnet 2x3x8x8"}
+
+
+def test_timm_csv(tmp_path, monkeypatch):
+    """timm's columns, our names beside the standard one; a second run replaces its rows and keeps the others."""
+    monkeypatch.setattr(module, "MODEL_SHAPES", (("imagenet", (2, 3, 32, 32)),))
+    config = BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"], csv=str(tmp_path))
+    benchmark(config)
+    (infer,), (training,) = (list(tmp_path.glob(f"benchmark-{kind}-fp32-nhwc-*.csv")) for kind in ("infer", "train"))
+    infer.write_text(infer.read_text() + "resnet18,0.00,1000000.000,1,224,11.69,1.82,2.48\n")
+    benchmark(config)
+    names = {f"test_resnet{suffix}" for suffix in ("", "_deform", "_shifted", "_metric")}
+    rows = list(csv.DictReader(infer.open()))
+    assert len(rows) == 5 and {row["model"] for row in rows} == {*names, "resnet18"}
+    speeds = [float(row["infer_samples_per_sec"]) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    for row in rows[:-1]:
+        rate, ms = float(row["infer_samples_per_sec"]), float(row["infer_step_time"])
+        assert rate == pytest.approx(2e3 / ms, rel=0.01)
+    assert list(rows[0])[5:] == ["param_count", "infer_gmacs", "infer_macts"]
+    rows = list(csv.DictReader(training.open()))
+    assert len(rows) == 4 and list(rows[0])[:2] == ["model", "train_samples_per_sec"]
+    training.write_text("model,top1\n")
+    with pytest.raises(ConfigError, match="has the columns"):
+        benchmark(config)
+
+
+def test_counts_are_timms():
+    """resnet18 at 224 in timm's own benchmark-infer files: 11.69 M parameters, 1.82 GMACs, 2.48 M activations."""
+    model = timm.create_model("resnet18_metric", stages=[])
+    assert round(count_macs(model, 224), 2) in (1.81, 1.82) and round(count_activations(model, 224), 2) == 2.48
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):

@@ -188,7 +188,7 @@ def count_macs(model: nn.Module, size: int) -> float:
 
 
 def count_activations(model: nn.Module, size: int) -> float:
-    """Outputs of convolutions and linear layers for one image of `size`² pixels in units of 1e6, predictors' counted."""
+    """Outputs of convolutions (predictors too) and linear layers for one image of `size`² pixels in units of 1e6."""
     count = 0
 
     def add(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
