@@ -10,7 +10,7 @@ import torch
 
 from timm_metricconv.ops import BACKENDS
 from timm_metricconv.recipes import benchmark as module
-from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark
+from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark, write_timm_csv
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.network import count_activations, count_macs
 
@@ -49,27 +49,35 @@ def test_models():
 
 
 def test_timm_csv(tmp_path, monkeypatch):
-    """timm's columns, our names beside the standard one; a second run replaces its rows and keeps the others."""
+    """timm's columns, our names beside the standard one; rows of the same network are replaced, others kept."""
     monkeypatch.setattr(module, "MODEL_SHAPES", (("imagenet", (2, 3, 32, 32)),))
-    config = BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"], csv=str(tmp_path))
-    benchmark(config)
+    config = BenchmarkConfig(what="model", models=["test_resnet"], backends=["gather"], csv=str(tmp_path))
+    peers = {"conv2d": "torch", "deform": "gather", "shifted": "gather", "metric": "gather"}
+    base = {"shape": "test_resnet 2x3x32x32"}
+    records = [
+        {**base, "peer": peer, "backend": backend, "direction": direction, "median_ms": ms * (1 + number)}
+        for direction, ms in (("forward", 4.0), ("forward_backward", 10.0))
+        for number, (peer, backend) in enumerate(peers.items())
+    ]
+    others = [{**record, "backend": "torchvision", "median_ms": 0.1} for record in records]
+    write_timm_csv(config, records)
     (infer,), (training,) = (list(tmp_path.glob(f"benchmark-{kind}-fp32-nhwc-*.csv")) for kind in ("infer", "train"))
-    infer.write_text(infer.read_text() + "resnet18,0.00,1000000.000,1,224,11.69,1.82,2.48\n")
-    benchmark(config)
-    names = {f"test_resnet{suffix}" for suffix in ("", "_deform", "_shifted", "_metric")}
+    infer.write_text(infer.read_text() + "resnet18,1.00,1000.000,1,224,11.69,1.82,2.48\n")
+    write_timm_csv(config, others + records)
     rows = list(csv.DictReader(infer.open()))
-    assert len(rows) == 5 and {row["model"] for row in rows} == {*names, "resnet18"}
-    speeds = [float(row["infer_samples_per_sec"]) for row in rows]
-    assert speeds == sorted(speeds, reverse=True)
-    for row in rows[:-1]:
-        rate, ms = float(row["infer_samples_per_sec"]), float(row["infer_step_time"])
-        assert rate == pytest.approx(2e3 / ms, rel=0.01)
-    assert list(rows[0])[5:] == ["param_count", "infer_gmacs", "infer_macts"]
+    names = ["test_resnet", "test_resnet_deform", "test_resnet_shifted", "test_resnet_metric", "resnet18"]
+    assert [row["model"] for row in rows] == names
+    assert [float(row["infer_samples_per_sec"]) for row in rows[:2]] == [500, 250]
+    assert list(rows[0])[2:] == [
+        "infer_step_time", "infer_batch_size", "infer_img_size", "param_count", "infer_gmacs", "infer_macts"
+    ]  # fmt: skip
     rows = list(csv.DictReader(training.open()))
-    assert len(rows) == 4 and list(rows[0])[:2] == ["model", "train_samples_per_sec"]
+    columns = ["model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count"]
+    assert [row["model"] for row in rows] == names[:4] and list(rows[0]) == columns
+    assert rows[0]["train_step_time"] == "10.000"
     training.write_text("model,top1\n")
     with pytest.raises(ConfigError, match="has the columns"):
-        benchmark(config)
+        write_timm_csv(config, records)
 
 
 def test_counts_are_timms():
