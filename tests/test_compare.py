@@ -89,6 +89,28 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
     assert compare(config) == records
 
 
+def test_convnext(tmp_path):
+    """Every convolution, shifted by the model's argument, starts as the same trained network; predictors differ."""
+    arguments = {"patch_size": 1, "stages": [2], "depths": [1, 1, 1, 1], "ls_init_value": 1.0}
+    config = tiny(tmp_path, model="test_convnext", model_args=arguments)
+    source = timm.create_model("test_convnext", patch_size=1, depths=[1, 1, 1, 1], ls_init_value=1.0, num_classes=2)
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    kernels, x = compare_module._kernels(config), torch.randn(2, 3, 8, 8)
+    assert kernels == ["stages.1.blocks.0.conv_dw"]
+    costs = {}
+    for conv, channels in (("standard", 0), ("shifted", 2), ("metric", 5), ("deform", 98)):
+        run = compare_module._run(
+            config, Cell(conv, "transfer", "learnable"), 0, str(tmp_path / "source.safetensors"), kernels
+        )
+        model = build_model(run, 2).eval()
+        model.head.load_state_dict(source.head.state_dict())  # a warm start has a classifier of its own
+        torch.testing.assert_close(model(x), source.eval()(x), rtol=1e-4, atol=1e-4)
+        cost = compare_module._cost(config, conv)
+        assert cost["predictor_params"] == (32 * 9 + 2 * channels * 33 if channels else 0)
+        costs[conv] = cost["gmacs"]
+    assert costs["standard"] < costs["shifted"] < costs["metric"] < costs["deform"]
+
+
 @pytest.mark.parametrize("conv", ["standard", "deform", "metric"])
 @pytest.mark.parametrize("kernel", ["learnable", "fixed"])
 @pytest.mark.parametrize("init", ["transfer", "uniform", "scratch"])

@@ -53,6 +53,17 @@ def test_base_file(tmp_path):
     assert config.name == "child"
 
 
+def test_bases_in_a_circle(tmp_path):
+    """Also where the same file is written in two ways."""
+    (tmp_path / "own.yaml").write_text("base: own.yaml\n")
+    (tmp_path / "one.yaml").write_text("base: two.yaml\n")
+    (tmp_path / "two.yaml").write_text(f"base: ../{tmp_path.name}/one.yaml\n")
+    with pytest.raises(ConfigError, match=r"^base: the files go round in a circle: own.yaml → own.yaml\.$"):
+        read_yaml(tmp_path / "own.yaml")
+    with pytest.raises(ConfigError, match=r"circle: one.yaml → two.yaml → one.yaml\.$"):
+        read_yaml(tmp_path / "one.yaml")
+
+
 @pytest.mark.parametrize("text", ["no", "007", "1.10", "1e-4", "true", "2026-11-24"])
 def test_text_stays_text(text):
     """YAML 1.1 would read a boolean, an octal number, a date; and a number's text is not always what was written."""

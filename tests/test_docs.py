@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What the code of a page imports besides the package's own dependencies.
 NEEDS = {"quickstart": ("accelerate", "rich", "sklearn"), "export": ("onnx", "onnxscript")}
+NEEDS |= {"large_kernels": ("accelerate", "rich")}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:python|accelerate launch [^`\n]*?) ?\bscripts/(\w+)\.py([^`\n]*)")
 FILE = re.compile(
@@ -110,7 +111,12 @@ def accepts(script, words):
 
 def test_options_in_prose_exist():
     """`--half true`, `--train.epochs 30`: each is a key of some script."""
-    keys = {field.name for name in SCRIPTS for field in fields(script_config(name))} | {"config", "help", "key"}
+    keys = {field.name for name in SCRIPTS for field in fields(script_config(name))} | {
+        "config",
+        "debug",
+        "help",
+        "key",
+    }
     for page in PAGES:
         assert set(re.findall(r"`--(\w+)", page.read_text())) <= keys, page.name
 

@@ -1,98 +1,122 @@
 """Independent runs through Ray: the table of one machine, also where a machine is lost on the way."""
 
-import threading
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
-from safetensors.torch import load_file
-
+from timm_metricconv.recipes.compare import CompareConfig, compare
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.launch import LaunchConfig, run_all
+from timm_metricconv.recipes.run import read_curves
 from timm_metricconv.recipes.train import TrainConfig, TrainingDiverged
 
+COMPARE = Path(__file__).parent.parent / "scripts" / "compare.py"
 MEMORY = 80 * 2**20
 
-
-def epochs_done(run):
-    """Of the newest complete checkpoint."""
-    names = [path.name for path in (run.folder / "checkpoints").glob("epoch_*") if path.suffix != ".tmp"]
-    return max((int(name.split("_")[1]) for name in names), default=0)
-
-
-def tiny(output, **changes):
-    values = {
-        "model": "test_resnet_deform",
-        "model_args": {"stem": "cifar", "layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
-        "data": "digits/0-1",
-        "input_size": 8,
-        "batch_size": 64,
-        "epochs": 6,
-        "workers": 0,
-        "output": str(output),
-    }
-    return TrainConfig(**{**values, **changes})
+NETWORK = {"stem": "cifar", "layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+TRAIN = {"data": "digits/0-1", "input_size": 8, "batch_size": 64, "epochs": 10, "workers": 0}
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A head without cores and one node with a core, at RAY_ADDRESS."""
+    """At RAY_ADDRESS: a head that has no core for runs, and one machine `cluster.lost` that has one."""
     ray = pytest.importorskip("ray", reason="needs the extra [cluster]")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 starves beside other work
+    head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     try:
-        cluster.node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+        cluster.lost = cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-@pytest.mark.skip(reason="unfinished: never seen to pass; the killer thread seems to be refused by remove_node")
-def test_a_lost_machine_changes_nothing(cluster, tmp_path):
-    """The node is killed after the first epoch; the run goes on on another, and all ends as without Ray."""
-    alone = [tiny(tmp_path / f"alone{seed}", seed=seed) for seed in (0, 1)]
-    spread = [tiny(tmp_path / f"spread{seed}", seed=seed) for seed in (0, 1)]
-    expected = list(run_all(alone, LaunchConfig()))
-    killed_after = []
+@pytest.fixture
+def one_thread():
+    """What Ray gives a task that has one core; sums in another order end in other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    def kill():
-        deadline = time.monotonic() + 300
-        while not (done := epochs_done(spread[0])) and time.monotonic() < deadline:
+
+def epochs_done(folder):
+    """Of the newest complete checkpoint."""
+    names = [path.name for path in (folder / "checkpoints").glob("epoch_*") if path.suffix != ".tmp"]
+    return max((int(name.split("_")[1]) for name in names), default=0)
+
+
+def untimed(records):
+    return [{key: value for key, value in r.items() if key not in ("images_per_second", "seconds")} for r in records]
+
+
+@pytest.mark.slow
+def test_a_lost_machine_changes_nothing(cluster, one_thread, tmp_path):
+    """A machine is killed in the middle of a run; another goes on after its last epoch, and the table is the same."""
+    values = {
+        "model": "test_resnet",
+        "model_args": NETWORK,
+        "conv": ["metric", "standard"],
+        "init": ["scratch"],
+        "kernel": ["learnable"],
+        "seeds": [0],
+        "train": TRAIN,
+    }
+    spread = tmp_path / "spread"
+    first = spread / "metric-scratch-learnable-seed0"
+    (tmp_path / "compare.yaml").write_text(json.dumps({**values, "output": str(spread)}))
+    arguments = ["--config", str(tmp_path / "compare.yaml"), "--launcher", "ray"]
+    with (tmp_path / "log").open("w") as log:
+        command = subprocess.Popen([sys.executable, str(COMPARE), *arguments], stdout=log, stderr=log)
+    try:
+        while command.poll() is None and not epochs_done(first):
             time.sleep(0.01)
-        cluster.remove_node(cluster.node, allow_graceful=False)
-        killed_after.append(done)
+        cluster.remove_node(cluster.lost, allow_graceful=False)
+        done = epochs_done(first)
+        before = read_curves(first, done)
+        assert 1 <= done < TRAIN["epochs"], (tmp_path / "log").read_text()
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = list(run_all(spread, LaunchConfig(launcher="ray")))
-    killer.join()
-    assert 1 <= killed_after[0] < spread[0].epochs
-    timed = ("images_per_second", "seconds")
-    for one, other, mine, theirs in zip(found, expected, spread, alone, strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
-        a, b = (load_file(run.folder / "model" / "model.safetensors") for run in (mine, theirs))
-        assert all(a[key].equal(b[key]) for key in a)
+        assert command.wait() == 0, (tmp_path / "log").read_text()
+    finally:
+        command.kill()
+    # the seconds of an epoch are in its row: the epochs before the loss were not trained again
+    assert read_curves(first, done) == before and len(before) == done
+    alone = compare(CompareConfig(**values, output=str(tmp_path / "alone")))
+    assert untimed(json.loads((spread / "summary.json").read_text())) == json.loads(json.dumps(untimed(alone)))
 
 
-@pytest.mark.skip(reason="unfinished: never run to its end")
+@pytest.mark.slow
 def test_refusals_cross_the_wire(cluster, tmp_path):
-    """What stops a run stops the comparison with the run's own words."""
-    ray = LaunchConfig(launcher="ray")
+    """What stops a run stops the comparison with the run's own words, and a defect keeps its traceback."""
+    config = LaunchConfig(launcher="ray")
+
+    def through_ray(**changes):
+        values = {"model": "test_resnet_metric", "model_args": NETWORK, **TRAIN, "output": str(tmp_path / "run")}
+        return list(run_all([TrainConfig(**{**values, **changes})], config))
+
     with pytest.raises(ConfigError, match=r"^model: resnet19_metric cannot be loaded: Unknown model"):
-        list(run_all([tiny(tmp_path / "run", model="resnet19_metric")], ray))
+        through_ray(model="resnet19_metric")
     with pytest.raises(TrainingDiverged, match=r"^the loss is nan"):
-        list(run_all([tiny(tmp_path / "run", opt="sgd", lr=1e30)], ray))
+        through_ray(opt="sgd", lr=1e30)
+    with pytest.raises(TypeError, match=r"launch\.py.*in _train_in"):
+        list(run_all([None], config))
     with pytest.raises(ConfigError, match="gpus_per_run: expected at most the cluster's 0 GPUs; got 8"):
         list(run_all([], LaunchConfig(launcher="ray", gpus_per_run=8)))
 
 
 def test_without_ray(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r'pip install "timm_metricconv\[cluster\]"'):
         list(run_all([], LaunchConfig(launcher="ray")))

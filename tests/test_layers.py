@@ -17,6 +17,8 @@ from timm_metricconv.ops import BACKENDS, place
 PAPERS = {"parametrization": "spectral_scale", "drift": "sigmoid_norm_detach", "pattern": "onion"}
 VARIANTS = {name: (layer, {}) for name, layer in LAYERS.items()}
 VARIANTS |= {f"{name}, modulated": (layer, {"modulated": True}) for name, layer in LAYERS.items()}
+VARIANTS |= {f"{name}, separable": (LAYERS[name], {"separable_predictor": True}) for name in ("metric", "deform")}
+VARIANTS |= {"metric, unbounded": (MetricConv2d, {"modulated": "unbounded"})}
 VARIANTS |= {"paper's metric": (MetricConv2d, PAPERS), "Riemannian": (MetricConv2d, {"eps_omega": 1.0})}
 VARIANTS |= {"geodesic": (MetricConv2d, {"ball": "geodesic"})}
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -63,6 +65,8 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "paper's metric"])  # its pattern is not the lattice
 def test_identity_start_is_conv2d(variant, case):
     arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1} | CONVOLUTIONS[case]
+    if "separable" in variant and case == "even kernel":
+        pytest.skip("no 3×3 window is centred between two pixels")
     layer = build(variant, **arguments)
     conv = nn.Conv2d(**{key: value for key, value in arguments.items() if key != "metric_groups"})
     x = torch.randn(2, 4, 11, 14)
@@ -75,7 +79,7 @@ def test_identity_start_is_conv2d(variant, case):
 def test_metric_groups_are_layers_side_by_side(variant):
     """Each run of channels is read where a layer with that group's raw channels reads, and weighed as it weighs."""
     layer, alone = bend(build(variant, 6, 6, 3, groups=6, metric_groups=3)), build(variant, 2, 2, 3, groups=2)
-    own, masks = layer.predicted, 9 * layer.modulated
+    own, masks = layer.predicted, 9 * bool(layer.modulated)
     raw = torch.randn(2, 3 * (own + masks), 5, 4)
     positions, factors = place(layer.samples(raw)), layer.density(raw)
     for number in range(3):
@@ -112,6 +116,8 @@ def test_default_padding_keeps_the_size(kernel_size):
 @pytest.mark.parametrize("padding", [2, "same", "valid"])
 def test_from_conv_owns_the_parameters(variant, padding):
     conv = nn.Conv2d(4, 6, 5, padding=padding, dilation=(2, 1), groups=2).double().eval()
+    if "separable" in variant and padding == "valid":
+        pytest.skip("the 3×3 window would begin inside the image")
     layer, own = VARIANTS[variant]
     new = layer.from_conv(conv, **own)
     assert new.weight is conv.weight and new.bias is conv.bias and not new.training
@@ -261,7 +267,8 @@ def test_copies(variant, way):
 @variants
 def test_state_dict_is_conv2ds_and_the_geometry(variant):
     keys = set(build(variant, 4, 6, 3).state_dict())
-    geometry = {"predictor.weight", "predictor.bias"} if variant != "active" else set()
+    parts = ("0.weight", "1.weight", "1.bias") if "separable" in variant else ("weight", "bias")
+    geometry = {f"predictor.{part}" for part in parts} if variant != "active" else set()
     assert keys == {"weight", "bias"} | geometry | ({"offset"} if variant.startswith("active") else set())
 
 
@@ -303,7 +310,8 @@ def test_learning_starts_at_the_identity(variant):
     layer = build(variant, 4, 6, 3)
     layer(torch.rand(2, 4, 6, 5)).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+        # the depthwise part waits for the 1×1 behind it, which starts at zero
+        assert parameter.grad.isfinite().all() and parameter.grad.any() != (name == "predictor.0.weight"), name
 
 
 PAPER_ROWS = {  # the authors' initialisation: row → value of the predictor's weight; rows not named keep nn.Conv2d's
@@ -330,9 +338,9 @@ def test_papers_start_of_the_predictor(parametrization):
 def test_papers_start_of_the_kernel_and_of_offsets(variant):
     layer = build(variant, 4, 6, 3, groups=2, init="paper")
     torch.testing.assert_close(layer.weight, torch.full_like(layer.weight, 1 / (9 * 2)))
-    if not isinstance(layer, MetricConv2d) and layer.predictor is not None:
-        assert torch.equal(layer.predictor.weight, torch.full_like(layer.predictor.weight, 1e-6))
-        assert not layer.predictor.bias.any()
+    head = layer.predictor_head()
+    if not isinstance(layer, MetricConv2d) and head is not None:
+        assert torch.equal(head.weight, torch.full_like(head.weight, 1e-6)) and not head.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -355,8 +363,9 @@ def test_papers_start_of_the_kernel_and_of_offsets(variant):
         ({"groups": 0}, "groups=0"),
         ({"groups": 3}, "groups=3.*in_channels=4"),
         ({"metric_groups": 0}, "metric_groups=0"),
-        ({"metric_groups": 3}, "metric_groups=3.*in_channels=4"),
-        ({"in_channels": 6, "groups": 3, "metric_groups": 2}, "metric_groups=2.*groups=3"),
+        ({"metric_groups": 3}, "metric_groups=3.*in_channels=4.*groups=1"),
+        ({"in_channels": 12, "out_channels": 12, "groups": 4, "metric_groups": 6}, "metric_groups=6.*groups=4"),
+        ({"modulated": "softmax"}, "modulated='softmax'.*'unbounded'"),
         ({"init": "kaiming"}, "init='kaiming'.*identity, paper"),
         ({"backend": "cudnn"}, "backend='cudnn'.*gather"),
     ],
@@ -407,8 +416,8 @@ def test_bad_inputs(variant):
 )
 def test_sizes(variant, batch, size, kernel_size):
     """Empty batches, one pixel, one row, images below the kernel: forward and backward."""
-    if kernel_size % 2 == 0 and "paper" in variant:
-        pytest.skip("onion takes odd kernels")
+    if kernel_size % 2 == 0 and ("paper" in variant or "separable" in variant):
+        pytest.skip("onion and a separable predictor take odd kernels")
     layer = bend(build(variant, 4, 6, kernel_size))
     x = torch.randn(batch, 4, *size, requires_grad=True)
     out = layer(x)
@@ -464,6 +473,97 @@ def test_modulated_metric():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_unbounded_modulation_is_dcnv4s_sum():
+    """Σ_k m_gk·x(p + y_gk) for each channel of group g, m unbounded (DCNv4, equation 1): a depthwise kernel of ones."""
+    layer = MetricConv2d(8, 8, 3, groups=8, metric_groups=2, bias=False, modulated="unbounded")
+    x = torch.randn(2, 8, 7, 6)
+    torch.testing.assert_close(layer.density(layer.predict(x)), torch.ones(2, 18, 7, 6))
+    nn.init.ones_(layer.weight)
+    bend(layer, 2.0)
+    positions, mask = layer.positions(x), layer.density(layer.predict(x))
+    assert mask.min() < 0 and mask.max() > 2
+    torch.testing.assert_close(mask, 1 + layer.predictor(x)[:, 10:])
+    offset = (positions - layer.points[0].repeat(2, 1)[None, :, :, None, None]).flip(2).flatten(1, 2)
+    expected = deform_conv2d(x, offset, torch.ones(8, 1, 3, 3), padding=(1, 1), mask=mask)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class DynamicBlock(nn.Module):
+    """A block as InternImage and DCNv4 have it, with metric balls: project, sample with dynamic weights, project."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        sampled = {"groups": channels, "metric_groups": groups, "modulated": "unbounded", "separable_predictor": True}
+        self.norm, self.value = nn.GroupNorm(1, channels), nn.Conv2d(channels, channels, 1)
+        self.sample = MetricConv2d(channels, channels, 3, **sampled)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.project(self.sample(self.value(self.norm(x))))
+
+
+def test_a_block_with_dynamic_weights_learns():
+    """Every parameter, the predictor's depthwise part after the first step, and the loss falls."""
+    block, x = DynamicBlock(8, 2), torch.randn(2, 8, 6, 6)
+    target = x.roll(1, 3).tanh()
+    start = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    optimizer, losses = torch.optim.Adam(block.parameters(), 0.02), []
+    for _ in range(20):
+        loss = (block(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in block.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 7},
+        {"kernel_size": 5, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": (1, 2), "padding": (0, 2)},
+        {"kernel_size": 7, "dilation": (2, 1), "padding": (6, 2)},
+        {"kernel_size": 4, "dilation": 2, "stride": 2, "padding": 3},
+        {"kernel_size": 1},
+    ],
+)
+def test_separable_predictor_is_centred_as_the_kernel(arguments):
+    """Its middle tap reads the pixel in the middle of the kernel's receptive field, at every output pixel."""
+    layer = DeformConv2d(2, 2, groups=2, separable_predictor=True, **arguments)
+    depthwise, head = layer.predictor
+    assert (depthwise.kernel_size, depthwise.dilation, depthwise.stride) == ((3, 3), layer.dilation, layer.stride)
+    nn.init.zeros_(depthwise.weight)
+    depthwise.weight.data[:, :, 1, 1] = 1.0
+    nn.init.zeros_(head.weight)
+    head.weight.data[:2, :, 0, 0] = torch.eye(2)
+    rows, columns = torch.arange(1.0, 14.0), torch.arange(1.0, 13.0)  # zero is what lies outside
+    x = torch.stack((rows[:, None].expand(13, 12), columns.expand(13, 12)))[None]
+    raw = layer.predict(x)[0]
+    assert list(raw.shape[1:]) == layer.out_size(x) == list(layer(x).shape[2:])
+    for axis, size in ((0, 13), (1, 12)):
+        index = torch.arange(raw.shape[1 + axis]) * layer.stride[axis] - layer.padding[axis]
+        centre = index + layer.dilation[axis] * (layer.kernel_size[0] - 1) / 2 + 1
+        seen = raw[axis].amax(1 - axis)  # over the other axis, whose border is outside
+        torch.testing.assert_close(seen, torch.where((centre > 0) & (centre <= size), centre, torch.zeros(())))
+
+
+@pytest.mark.parametrize("arguments", [{"kernel_size": 4}, {"kernel_size": 7, "padding": 1}])
+def test_separable_predictor_that_cannot_be_centred_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"separable_predictor=True.*kernel_size=\d with padding=.*expected"):
+        MetricConv2d(2, 2, separable_predictor=True, **arguments)
+
+
+def test_reset_predictor_leaves_both_parts_able_to_learn():
+    layer = bend(MetricConv2d(4, 4, 7, groups=4, metric_groups=2, separable_predictor=True))
+    nn.init.zeros_(layer.predictor[0].weight)
+    layer.reset_predictor()
+    m, omega = layer.metric(torch.randn(1, 4, 5, 5))
+    torch.testing.assert_close(m, torch.eye(2)[:, :, None, None].expand_as(m))
+    assert not omega.any() and layer.predictor[0].weight.std() > 0.1
+
+
 def test_active_has_one_set_of_offsets():
     layer = bend(ActiveConv2d(4, 6, 3))
     positions = layer.positions(torch.randn(2, 4, 6, 5))
@@ -500,6 +600,6 @@ def test_backends_agree(variant, backend):
 
 
 def test_repr_names_what_differs():
-    text = repr(MetricConv2d(4, 6, 3, bias=False, groups=2, dilation=2, modulated=True, drift="sigmoid_norm"))
-    for part in ("4, 6", "groups=2", "dilation=(2, 2)", "bias=False", "modulated=True", "drift='sigmoid_norm'"):
+    text = repr(MetricConv2d(4, 6, 3, bias=False, groups=2, dilation=2, modulated="unbounded", drift="sigmoid_norm"))
+    for part in ("4, 6", "groups=2", "dilation=(2, 2)", "bias=False", "modulated='unbounded'", "drift='sigmoid_norm'"):
         assert part in text

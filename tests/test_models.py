@@ -4,8 +4,10 @@ import copy
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,16 +21,24 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from timm_metricconv import LAYERS, PAPER, BallConv2d, DeformConv2d, MetricConv2d
-from timm_metricconv.models import BallResNet, checkpoint_filter_fn
+from timm_metricconv.models import BallConvNeXt, BallResNet, ball_convnext, checkpoint_filter_fn
+from timm_metricconv.models.ball_convnext import metric_groups
 
 FAMILIES = ("metric", "deform", "shifted")
-SIZES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "test_resnet")
-NAMES = [f"{size}_{family}" for size in SIZES for family in FAMILIES]
-TINY = [f"test_resnet_{family}" for family in FAMILIES]
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "test_resnet")
+CONVNEXTS = tuple(f"convnext_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "small", "base"))
+CONVNEXTS += ("test_convnext",)
+NAMES = [f"{size}_{family}" for size in RESNETS for family in FAMILIES]
+NAMES += [f"{size}_{family}" for size in CONVNEXTS for family in FAMILIES[:2]]
+TINY = [name for name in NAMES if name.startswith("test_")]
 SMALL = [*TINY, "resnet18_metric"]
 families = pytest.mark.parametrize("family", FAMILIES)
+names = pytest.mark.parametrize("name", NAMES)
 tiny = pytest.mark.parametrize("name", TINY)
+tiny_resnets = pytest.mark.parametrize("name", [name for name in TINY if "resnet" in name])
 small = pytest.mark.parametrize("name", SMALL)
+PAGE = Path(__file__).parent.parent / "docs" / "large_kernels.md"
+backbones = pytest.mark.parametrize("size", ["test_resnet", "test_convnext"])
 
 
 def create(name, bent=True, **kwargs):
@@ -36,7 +46,8 @@ def create(name, bent=True, **kwargs):
     model = timm.create_model(name, **kwargs)
     for module in model.modules():
         if bent and isinstance(module, BallConv2d):
-            nn.init.normal_(module.predictor.weight, std=0.3 * module.predictor.weight[0].numel() ** -0.5)
+            weight = module.predictor_head().weight
+            nn.init.normal_(weight, std=0.3 * weight[0].numel() ** -0.5)
     return model
 
 
@@ -52,6 +63,9 @@ def trained(name, **kwargs):
             for tensor in (module.weight.data, module.running_var):
                 tensor.uniform_(0.5, 1.5)
             module.running_mean.normal_(std=0.1)
+    for key, parameter in model.named_parameters():
+        if key.endswith("gamma"):  # of ConvNeXt's blocks: new ones hardly count
+            parameter.data.uniform_(0.5, 1.5)
     return model
 
 
@@ -86,6 +100,7 @@ from timm.models import _registry as r
 def state():
     return {
         "resnet": timm.list_models(module="resnet"), "resnet tags": timm.list_models(module="resnet", pretrained=True),
+        "convnext": timm.list_models(module="convnext"),
         "names": timm.list_models(), "tags": timm.list_models(pretrained=True), "modules": timm.list_modules(),
         "entry points": {n: f"{f.__module__}.{f.__name__}" for n, f in r._model_entrypoints.items()},
         "cfgs": {n: repr(c) for n, c in r._model_pretrained_cfgs.items()},
@@ -95,19 +110,19 @@ import timm_metricconv
 print(json.dumps([before, state()]))
 """
     before, after = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-    for key in ("resnet", "resnet tags"):
+    for key in ("resnet", "resnet tags", "convnext"):
         assert before[key] == after[key] and before[key]
     for key in ("entry points", "cfgs"):
         assert before[key].items() <= after[key].items()
     added = set(after["names"]) - set(before["names"])
     assert added == set(NAMES) and set(before["names"]) < set(after["names"])
     assert {name.split(".")[0] for name in set(after["tags"]) - set(before["tags"])} == set(NAMES)
-    assert set(after["modules"]) - set(before["modules"]) == {"ball_resnet"}
+    assert set(after["modules"]) - set(before["modules"]) == {"ball_resnet", "ball_convnext"}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@families
-def test_tags_are_timms(family, size):
+@names
+def test_tags_are_timms(name):
+    size, family = name.rsplit("_", 1)
     tags = [name.split(".")[1] for name in timm.list_models(f"{size}.*", pretrained=True)]
     assert [n.split(".")[1] for n in timm.list_models(f"{size}_{family}.*", pretrained=True)] == tags and tags
     ours, theirs = get_pretrained_cfg(f"{size}_{family}"), get_pretrained_cfg(size)
@@ -121,11 +136,13 @@ def test_tags_are_timms(family, size):
     assert timm.is_model_pretrained(f"{size}_{family}") == timm.is_model_pretrained(size)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@names
 def test_parameters_are_the_standard_networks_and_predictors(name):
     size, family = name.rsplit("_", 1)
     ours, theirs = timm.create_model(name, device="meta"), timm.create_model(size, device="meta")
-    assert isinstance(ours, BallResNet) and all(p.is_meta for p in ours.parameters())
+    assert isinstance(ours, BallResNet if "resnet" in name else BallConvNeXt) and all(
+        p.is_meta for p in ours.parameters()
+    )
     shapes = {key: value.shape for key, value in ours.state_dict().items()}
     predictors = {key for key in shapes if ".predictor." in key}
     assert {key: shape for key, shape in shapes.items() if key not in predictors} == {
@@ -134,17 +151,40 @@ def test_parameters_are_the_standard_networks_and_predictors(name):
     replaced = {
         key
         for key, module in theirs.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and key[:6] in ("layer2", "layer3", "layer4")
+        if isinstance(module, nn.Conv2d)
+        and key.startswith(("layer2", "layer3", "layer4", "stages"))
+        and module.kernel_size == ((3, 3) if "resnet" in name else (7, 7))
     }
     convs = ball_convs(ours)
     assert set(convs) == replaced and all(type(conv) is LAYERS[family] for conv in convs.values())
-    assert predictors == {f"{key}.predictor.{part}" for key in replaced for part in ("weight", "bias")}
+    parts = ("weight", "bias") if "resnet" in name else ("0.weight", "1.weight", "1.bias")
+    assert predictors == {f"{key}.predictor.{part}" for key in replaced for part in parts}
+
+
+@pytest.mark.parametrize("size", CONVNEXTS)
+def test_predictors_of_a_metric_convnext_are_light(size):
+    """Less than a tenth of the network, with 16 channels or a few more in each group."""
+    model = timm.create_model(f"{size}_metric", device="meta")
+    added = sum(p.numel() for key, p in model.named_parameters() if ".predictor." in key)
+    standard = sum(p.numel() for p in model.parameters()) - added
+    assert 0 < added < 0.1 * standard
+    row = f"| {size.removeprefix('convnext_')} | {standard:,} | {added:,} ({added / standard:.1%}) |"
+    assert size == "test_convnext" or row in PAGE.read_text()
+    for conv in ball_convs(model).values():
+        assert conv.metric_groups == metric_groups(conv.in_channels)
+        assert 16 <= conv.in_channels / conv.metric_groups < 32
+        assert conv.groups == conv.in_channels and conv.kernel_size == (7, 7)
+
+
+def test_metric_groups():
+    expected = {96: 6, 768: 48, 1024: 64, 40: 2, 80: 5, 48: 3, 24: 1, 7: 1, 34: 2}
+    assert {channels: metric_groups(channels) for channels in expected} == expected
 
 
 # --- timm's generic tests --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SMALL, "resnet18_shifted", "resnet50_deform"])
+@pytest.mark.parametrize("name", [*SMALL, "resnet18_shifted", "resnet50_deform", "convnext_atto_metric"])
 def test_forward(name):
     model = create(name).eval()
     x = torch.randn(1, 3, 64, 96)
@@ -155,7 +195,9 @@ def test_forward(name):
 
 @small
 def test_backward_reaches_every_parameter(name):
-    model = create(name, bent=False, num_classes=42, zero_init_last=False).train()
+    # the depthwise part of ConvNeXt's predictors learns as soon as the 1×1 behind it is not zero
+    arguments = {"zero_init_last": False, "bent": False} if "resnet" in name else {"ls_init_value": 1.0}
+    model = create(name, num_classes=42, **arguments).train()
     out = model(torch.randn(2, 3, 64, 64))
     out.square().mean().backward()
     assert out.shape == (2, 42)
@@ -183,20 +225,29 @@ def test_default_cfg(name):
 @tiny
 def test_no_classifier(name):
     model = create(name, num_classes=0).eval()
-    assert isinstance(model.get_classifier(), nn.Identity) and model(torch.randn(1, 3, 64, 64)).shape == (1, 96)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, model.num_features)
 
 
 REDUCTIONS = [
-    ({}, [2, 4, 8, 16, 32]),
-    ({"output_stride": 16}, [2, 4, 8, 16, 16]),
-    ({"layout": "paper"}, [2, 4, 8, 16, 16]),
-    ({"stem": "cifar"}, [1, 1, 2, 4, 8]),
-    ({"stem": "cifar", "layout": "paper"}, [1, 1, 2, 4, 4]),
+    *(
+        (name, arguments, reductions)
+        for name in ("test_resnet_metric", "resnet18_deform")
+        for arguments, reductions in (
+            ({}, [2, 4, 8, 16, 32]),
+            ({"output_stride": 16}, [2, 4, 8, 16, 16]),
+            ({"layout": "paper"}, [2, 4, 8, 16, 16]),
+            ({"stem": "cifar"}, [1, 1, 2, 4, 8]),
+            ({"stem": "cifar", "layout": "paper"}, [1, 1, 2, 4, 4]),
+        )
+    ),
+    ("test_convnext_metric", {}, [4, 8, 16, 32]),
+    ("test_convnext_metric", {"output_stride": 8}, [4, 8, 8, 8]),
+    ("test_convnext_deform", {"patch_size": 2}, [4, 8, 16, 32]),  # its first stage halves the image, too
 ]
 
 
-@pytest.mark.parametrize(("arguments", "reductions"), REDUCTIONS)
-@pytest.mark.parametrize("name", ["test_resnet_metric", "resnet18_deform"])
+@pytest.mark.parametrize(("name", "arguments", "reductions"), REDUCTIONS)
 def test_features(name, arguments, reductions):
     torch.manual_seed(2)
     model = create(name, features_only=True, **arguments).eval()
@@ -208,8 +259,8 @@ def test_features(name, arguments, reductions):
         assert [f.shape[-2:] for f in features] == [(64 // r, 96 // r) for r in reductions]
         chosen = timm.create_model(name, features_only=True, out_indices=(1, -1), **arguments)
         assert chosen.feature_info.reduction() == [reductions[1], reductions[-1]]
-        whole = timm.create_model(name, **arguments).eval()
-        whole.load_state_dict(model.state_dict(), strict=False)
+        torch.manual_seed(2)
+        whole = create(name, **arguments).eval()
         final, intermediates = whole.forward_intermediates(x)
         for one, other in zip(features, intermediates, strict=True):
             torch.testing.assert_close(one, other)
@@ -245,7 +296,7 @@ def test_fx(name):
     nodes = {info["module"]: str(i) for i, info in enumerate(model.feature_info)}
     for actual, value in zip(create_feature_extractor(model, nodes)(x).values(), expected, strict=True):
         torch.testing.assert_close(actual, value)
-    for actual, value in zip(FeatureGraphNet(model, (0, 1, 2, 3, 4))(x), expected, strict=True):
+    for actual, value in zip(FeatureGraphNet(model, range(len(nodes)))(x), expected, strict=True):
         torch.testing.assert_close(actual, value)
 
 
@@ -258,7 +309,7 @@ def test_grad_checkpointing(name):
         model.set_grad_checkpointing(enable)
         out = model(x)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
-    assert model.grad_checkpointing
+    assert all(module.grad_checkpointing for module in ([model] if "resnet" in name else model.stages))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -270,8 +321,9 @@ def test_parameter_groups(name):
     for coarse in (False, True):
         group_of = {key: g for g, keys in group_parameters(model, model.group_matcher(coarse)).items() for key in keys}
         assert set(group_of) == {key for key, _ in model.named_parameters()}
-        for conv in ball_convs(model):
-            assert group_of[f"{conv}.predictor.weight"] == group_of[f"{conv}.weight"]
+        for key, conv in ball_convs(model).items():
+            parts = {f"{key}.{part}" for part, _ in conv.named_parameters()}
+            assert len(parts) > 2 and {group_of[part] for part in parts} == {group_of[f"{key}.weight"]}
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     parameters = [id(p) for group in groups for p in group["params"]]
     assert sorted(parameters) == sorted(id(p) for p in model.parameters())
@@ -286,25 +338,28 @@ def test_output_stride(name, output_stride):
 
 
 @tiny
-def test_other_arguments_of_timms_resnet(name):
+def test_other_arguments_of_timms_networks(name):
     model = create(name, in_chans=5, drop_path_rate=0.5, drop_rate=0.1, num_classes=3, global_pool="avgmax").train()
     assert sum(type(m).__name__ == "DropPath" for m in model.modules()) >= 3
     x = torch.randn(8, 5, 64, 64)
     assert model(x).shape == (8, 3) and not torch.equal(model(x), model(x))
     model.eval()
     torch.testing.assert_close(model(x), model(x))
-    squeezed = create(name, block_args={"attn_layer": "se"})
-    assert squeezed(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+    own = {"block_args": {"attn_layer": "se"}} if "resnet" in name else {"conv_mlp": True, "kernel_sizes": (7, 5, 5, 3)}
+    assert create(name, **own)(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
 
 
 @tiny
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_argument(name, dtype):
-    model = timm.create_model(name, dtype=dtype, device="cpu", stem="cifar").eval()
+    own = {"stem": "cifar"} if "resnet" in name else {"patch_size": 2}
+    model = timm.create_model(name, dtype=dtype, device="cpu", **own).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(torch.randn(1, 3, 32, 32, dtype=dtype)).dtype == dtype
-    positions = next(iter(ball_convs(model).values())).positions
-    assert positions(torch.randn(1, 32, 8, 8, dtype=dtype)).dtype == torch.promote_types(dtype, torch.float32)
+    conv = next(iter(ball_convs(model).values()))
+    assert conv.positions(torch.randn(1, conv.in_channels, 8, 8, dtype=dtype)).dtype == torch.promote_types(
+        dtype, torch.float32
+    )
 
 
 @tiny
@@ -315,16 +370,25 @@ def test_copies(name):
         assert torch.equal(other(x), model(x))
 
 
-ARGUMENTS = [
-    {},
-    {"num_classes": 7, "in_chans": 1, "stem": "cifar"},
-    {"stages": [3], "conv_cfg": {"fixed_kernel": True, "modulated": True}},
-    {"stem": "cifar", "num_classes": 10, **PAPER},
-]
+ARGUMENTS = {
+    "resnet": [
+        {},
+        {"num_classes": 7, "in_chans": 1, "stem": "cifar"},
+        {"stages": [3], "conv_cfg": {"fixed_kernel": True, "modulated": True}},
+        {"stem": "cifar", "num_classes": 10, **PAPER},
+    ],
+    "convnext": [
+        {},
+        {"num_classes": 7, "in_chans": 1, "patch_size": 2},
+        {"stages": [3], "conv_cfg": {"fixed_kernel": True, "modulated": "unbounded", "separable_predictor": False}},
+        {"num_classes": 10, "conv_cfg": {"metric_groups": 2, "parametrization": "spectral"}},
+    ],
+}
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-@tiny
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, arguments) for name in TINY for arguments in ARGUMENTS[name.split("_")[1]]]
+)
 def test_hub_folder_keeps_the_arguments(name, arguments, tmp_path):
     """`save_for_hf`, then `local-dir:` without any argument: the same network, and its config.json is JSON."""
     model = create(name, **arguments).eval()
@@ -344,14 +408,13 @@ def test_hub_folder_keeps_the_arguments(name, arguments, tmp_path):
 # --- warm start ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["test_resnet", "resnet18", "resnet50"])
-@families
-def test_starts_as_the_standard_network(family, size, checkpoint):
+@pytest.mark.parametrize(
+    "name", [*TINY, *(f"resnet18_{family}" for family in FAMILIES), "resnet50_metric", "convnext_atto_metric"]
+)
+def test_starts_as_the_standard_network(name, checkpoint):
     """In eval mode, and in train mode with the statistics it leaves behind."""
-    if size == "resnet50" and family != "metric":
-        pytest.skip("one large network is enough")
-    standard, file = checkpoint(size)
-    standard, model = copy.deepcopy(standard), pretrained(f"{size}_{family}", file).eval()
+    standard, file = checkpoint(name.rsplit("_", 1)[0])
+    standard, model = copy.deepcopy(standard), pretrained(name, file).eval()
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         expected = standard(x)
@@ -366,10 +429,11 @@ def test_starts_as_the_standard_network(family, size, checkpoint):
 @pytest.mark.parametrize(
     "arguments", [{"output_stride": 8}, {"in_chans": 1}, {"num_classes": 5}, {"num_classes": 0}, {"in_chans": 5}]
 )
-def test_weights_are_adapted_as_timm_adapts_them(arguments, checkpoint):
-    _, file = checkpoint("test_resnet")
-    standard = pretrained("test_resnet", file, **arguments).eval()
-    model = pretrained("test_resnet_metric", file, **arguments).eval()
+@backbones
+def test_weights_are_adapted_as_timm_adapts_them(arguments, size, checkpoint):
+    _, file = checkpoint(size)
+    standard = pretrained(size, file, **arguments).eval()
+    model = pretrained(f"{size}_metric", file, **arguments).eval()
     x = torch.randn(1, arguments.get("in_chans", 3), 64, 64)
     torch.testing.assert_close(model.forward_features(x), standard.forward_features(x), rtol=1e-4, atol=1e-4)
     assert model(x).shape == standard(x).shape
@@ -413,6 +477,38 @@ def test_authors_checkpoint(family, tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+def facebooks_names(state_dict):
+    """The names of the ConvNeXt authors, whose linear layers are matrices."""
+    renames = ((r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."))
+    renames += ((r"\.blocks\.", "."), (r"conv_dw\.", "dwconv."), (r"mlp\.fc", "pwconv"))
+    renames += ((r"^head\.fc\.", "head."), (r"^head\.norm\.", "norm."))
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, name in renames:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_facebooks_checkpoint(conv_mlp):
+    """timm's own filter converts the names of the ConvNeXt authors; what it cannot convert is refused by name."""
+    standard = trained("test_convnext", conv_mlp=conv_mlp).eval()
+    model = timm.create_model("test_convnext_metric", conv_mlp=conv_mlp).eval()
+    linear = {key: value.flatten(1) if "mlp.fc" in key and value.dim() > 1 else value
+              for key, value in standard.state_dict().items()}  # fmt: skip
+    theirs = facebooks_names(linear)
+    assert "stages.1.0.pwconv1.weight" in theirs and "downsample_layers.1.1.bias" in theirs
+    model.load_state_dict(ball_convnext.checkpoint_filter_fn({"model": dict(theirs)}, model))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(x), standard(x), rtol=1e-4, atol=1e-4)
+    for key in ("stages.1.0.gate.weight", "stages.9.0.gamma"):
+        with pytest.raises(
+            RuntimeError, match=f"does not fit BallConvNeXt.*unknown: {key.replace('.0.', '.blocks.0.')}"
+        ):
+            ball_convnext.checkpoint_filter_fn({**theirs, key: torch.zeros(3, 3)}, model)
+
+
 def drop(key):
     return lambda state_dict: state_dict.pop(key)
 
@@ -422,45 +518,61 @@ def put(key, *shape):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("size", "change", "message"),
     [
-        (drop("layer1.0.conv1.weight"), "missing: layer1.0.conv1.weight"),
-        (drop("layer2.0.conv1.weight"), "missing: layer2.0.conv1.weight"),
-        (drop("layer2.0.conv1.predictor.bias"), "missing: layer2.0.conv1.predictor.bias"),
-        (put("layer5.0.conv1.weight", 3), "unknown: layer5.0.conv1.weight"),
-        (put("layer2.0.bn1.weight", 3), r"of another shape: layer2.0.bn1.weight \(expected \(48,\), came \(3,\)\)"),
-        (put("layer2.0.conv1.predictor.weight", 7, 32, 3, 3), "of another shape: layer2.0.conv1.predictor.weight"),
-        (put("conv1.0.weight", 16, 3, 7, 7), "of another shape: conv1.0.weight"),
+        ("test_resnet", drop("layer1.0.conv1.weight"), "missing: layer1.0.conv1.weight"),
+        ("test_resnet", drop("layer2.0.conv1.weight"), "missing: layer2.0.conv1.weight"),
+        ("test_resnet", drop("layer2.0.conv1.predictor.bias"), "missing: layer2.0.conv1.predictor.bias"),
+        ("test_resnet", put("layer5.0.conv1.weight", 3), "unknown: layer5.0.conv1.weight"),
+        (
+            "test_resnet",
+            put("layer2.0.bn1.weight", 3),
+            r"of another shape: layer2.0.bn1.weight \(expected \(48,\), came",
+        ),
+        ("test_resnet", put("layer2.0.conv1.predictor.weight", 7, 32, 3, 3), "shape: layer2.0.conv1.predictor.weight"),
+        ("test_resnet", put("conv1.0.weight", 16, 3, 7, 7), "of another shape: conv1.0.weight"),
+        ("test_convnext", drop("stages.1.blocks.0.conv_dw.weight"), "missing: stages.1.blocks.0.conv_dw.weight"),
+        ("test_convnext", drop("stages.1.blocks.0.conv_dw.predictor.1.bias"), "missing: .*conv_dw.predictor.1.bias"),
+        ("test_convnext", drop("head.norm.weight"), "missing: head.norm.weight"),
+        ("test_convnext", put("stages.1.blocks.0.mlp.grn.weight", 3), "unknown: stages.1.blocks.0.mlp.grn.weight"),
+        ("test_convnext", put("stages.0.blocks.0.gamma", 3), r"of another shape: stages.0.blocks.0.gamma \(expected"),
+        ("test_convnext", put("stem.0.weight", 24, 3, 7, 7), "of another shape: stem.0.weight"),
     ],
 )
-def test_misfit_is_refused_by_name(change, message, tmp_path):
-    model = create("test_resnet_metric")
+def test_misfit_is_refused_by_name(size, change, message, tmp_path):
+    model = create(f"{size}_metric")
     state_dict = model.state_dict()
     change(state_dict)
     save_file(state_dict, tmp_path / "misfit.safetensors")
     with pytest.raises(RuntimeError, match=message):
         checkpoint_filter_fn(dict(state_dict), model)
     with pytest.raises(RuntimeError, match=message):
-        pretrained("test_resnet_metric", str(tmp_path / "misfit.safetensors"))
+        pretrained(f"{size}_metric", str(tmp_path / "misfit.safetensors"))
 
 
 def test_another_family_is_refused():
     with pytest.raises(RuntimeError, match=r"predictor\.weight \(expected \(2, .*came \(5, "):
         checkpoint_filter_fn(create("test_resnet_metric").state_dict(), create("test_resnet_shifted"))
+    with pytest.raises(RuntimeError, match=r"predictor\.1\.weight \(expected \(98, .*came \(5, "):
+        checkpoint_filter_fn(create("test_convnext_metric").state_dict(), create("test_convnext_deform"))
 
 
-def test_filter_leaves_the_given_state_dict():
-    state_dict = timm.create_model("test_resnet").state_dict()
+@backbones
+def test_filter_leaves_the_given_state_dict(size):
+    state_dict = timm.create_model(size).state_dict()
     keys = list(state_dict)
-    checkpoint_filter_fn(state_dict, create("test_resnet_metric"))
+    checkpoint_filter_fn(state_dict, create(f"{size}_metric"))
     assert list(state_dict) == keys
 
 
-def test_a_checkpoint_without_a_classifier_is_refused(tmp_path):
-    state_dict = {k: v for k, v in create("test_resnet_metric").state_dict().items() if not k.startswith("fc.")}
+@backbones
+def test_a_checkpoint_without_a_classifier_is_refused(size, tmp_path):
+    state_dict = {
+        k: v for k, v in create(f"{size}_metric").state_dict().items() if "fc." not in k.removeprefix("head.")[:3]
+    }
     save_file(state_dict, tmp_path / "headless.safetensors")
     with pytest.raises(RuntimeError, match=r"fc\.weight"):
-        pretrained("test_resnet_metric", str(tmp_path / "headless.safetensors"))
+        pretrained(f"{size}_metric", str(tmp_path / "headless.safetensors"))
 
 
 # --- the paper's network ---------------------------------------------------------------------------------------------
@@ -510,7 +622,7 @@ def test_papers_arguments_are_json():
     assert isinstance(PAPER["conv_cfg"], dict) and "onion" in repr(one)
 
 
-@tiny
+@tiny_resnets
 def test_init_weights_restores_the_identity(name):
     model = create(name)
     model.init_weights()
@@ -525,11 +637,22 @@ def test_stages():
     assert not ball_convs(timm.create_model("test_resnet_metric", stages=()))
     model = timm.create_model("test_resnet_metric", stages=[1, 3])
     assert {key[:6] for key in ball_convs(model)} == {"layer1", "layer3"}
+    assert not ball_convs(timm.create_model("test_convnext_metric", stages=()))
+    model = timm.create_model("test_convnext_metric", stages=[1, 3])
+    assert {key[:8] for key in ball_convs(model)} == {"stages.0", "stages.2"} and len(ball_convs(model)) == 1 + 4
 
 
-def test_one_conv_cfg_serves_all_families():
+@pytest.mark.parametrize("conv", [conv for conv in LAYERS if conv not in ("metric", "deform")])
+def test_convnext_takes_every_convolution(conv):
+    model, x = timm.create_model("test_convnext_metric", conv=conv).eval(), torch.randn(1, 3, 32, 32)
+    assert {type(layer) for layer in ball_convs(model).values()} == {LAYERS[conv]}
+    assert model(x).isfinite().all()
+
+
+@backbones
+def test_one_conv_cfg_serves_all_families(size):
     arguments = {"conv_cfg": {"eps_omega": 0.1, "fixed_kernel": True, "init": "paper"}}
-    metric, deform = (timm.create_model(f"test_resnet_{f}", **arguments) for f in ("metric", "deform"))
+    metric, deform = (timm.create_model(f"{size}_{f}", **arguments) for f in ("metric", "deform"))
     assert {conv.eps_omega for conv in ball_convs(metric).values()} == {0.1}
     for model in (metric, deform):
         assert all(conv.fixed_kernel and conv.init == "paper" for conv in ball_convs(model).values())
@@ -554,3 +677,19 @@ def test_one_conv_cfg_serves_all_families():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         timm.create_model("test_resnet_metric", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"stem": "cifar"}, TypeError, "stem"),
+        ({"stages": [0]}, ValueError, r"stages=\[0\]"),
+        ({"stages": 3}, ValueError, "stages=3"),
+        ({"conv_cfg": {"eps": 0.1}}, TypeError, "eps"),
+        ({"conv_cfg": {"metric_groups": 5}}, ValueError, "metric_groups=5.*in_channels=24.*groups=24"),
+        ({"conv": "metrics"}, ValueError, "conv='metrics'.*metric, deform"),
+    ],
+)
+def test_bad_arguments_of_convnext(arguments, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("test_convnext_metric", **arguments)

@@ -83,12 +83,17 @@ def test_recipes_import_what_an_extra_declares():
 
 
 def test_tests_import_what_their_extra_declares():
-    assert imports(*(ROOT / "tests").glob("*.py")) <= names(requirements()) | names(requirements("test"))
+    """[dev] is [test] and what does not go with the lowest versions."""
+    assert imports(*(ROOT / "tests").glob("*.py")) <= names(requirements()) | names(requirements("dev"))
 
 
 @pytest.mark.parametrize("folder", ["scripts", "docs"])
 def test_scripts_import_no_more_than_the_package(folder):
     assert imports(*(ROOT / folder).rglob("*.py")) <= names(requirements())
+
+
+def test_demo_imports_what_its_extra_declares():
+    assert imports(*(ROOT / "demo").glob("*.py")) <= names(requirements()) | names(requirements("app"))
 
 
 def test_lowest_versions_are_those_that_ci_installs():

@@ -266,6 +266,16 @@ def test_predictor_regulariser():
     assert predictor_regulariser(model).item() == pytest.approx(expected)
 
 
+def test_predictor_regulariser_of_separable_predictors():
+    """It means the 1×1; the depthwise part before it is not drawn to zero with it."""
+    layer = timm.create_model("test_convnext_metric", stages=[1]).stages[0].blocks[0].conv_dw
+    torch.nn.init.constant_(layer.predictor[1].weight, -1.0)
+    torch.nn.init.constant_(layer.predictor[1].bias, 3.0)
+    regulariser = predictor_regulariser(layer)
+    regulariser.backward()
+    assert regulariser.item() == pytest.approx(2) and layer.predictor[0].weight.grad is None
+
+
 def test_nan_stops_and_keeps_the_last_good_state(tmp_path, images):
     good = tiny(tmp_path, images, epochs=2)
     from timm_metricconv.recipes import train as module

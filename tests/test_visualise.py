@@ -12,6 +12,19 @@ from timm_metricconv.recipes.visualise import VisualiseConfig, visualise
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
 
+def test_an_untrained_network_with_metric_groups(tmp_path, capsys):
+    """Its random predictors bend the balls, and the pictures are the same every time."""
+    file = tmp_path / "image.png"
+    Image.fromarray(IMAGE).save(file)
+    arguments = {"image": str(file), "size": 48, "model": "test_convnext_metric", "random": 1.0, "dpi": 40}
+    once, again = (
+        [path.read_bytes() for path in visualise(VisualiseConfig(output=str(tmp_path / folder), **arguments))]
+        for folder in ("once", "again")
+    )
+    assert once == again and len(once) == 4
+    assert "plain pattern" not in capsys.readouterr().out
+
+
 def test_the_recipe_writes_its_pictures(tmp_path):
     file = tmp_path / "image.png"
     Image.fromarray(IMAGE).save(file)

@@ -49,6 +49,16 @@ def test_every_layer_kind_has_its_pictures(conv):
         assert rendered(figure).std() > 0
 
 
+def test_networks_are_compared_in_one_scale():
+    """At the same pixel, so that a longer ball looks longer."""
+    pytest.importorskip("matplotlib")
+    x = torch.randn(1, 3, 32, 40)
+    views = {conv: viz.capture(network(conv), "layer2.0.conv1", x) for conv in ("shifted", "deform", "metric")}
+    close_ups = viz.compare_samples(views, IMAGE, [10, 10]).axes[1:]
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in close_ups}) == 1
+    assert [axes.get_xlabel().split(":")[0] for axes in close_ups] == list(views)
+
+
 class Probe(nn.Module):
     """Keeps what reaches it."""
 

@@ -84,8 +84,8 @@ class LayerView:
 
     @torch.no_grad()
     def positions(self) -> Tensor:
-        """`[1, K, 2, H_out, W_out]` in pixels of the layer's input."""
-        return self.layer.positions(self.input)
+        """Of the first metric group: `[1, K, 2, H_out, W_out]` in pixels of the layer's input."""
+        return self.layer.positions(self.input)[:, : len(self.radii)]
 
     @property
     def radii(self) -> Tensor:
@@ -361,31 +361,58 @@ def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[f
     """
     if not points:
         raise ValueError("points: at least one (x, y) is needed.")
-    positions, (xs, ys) = view.positions(), view.centres()
-    pixels = [(int((ys - y).abs().argmin()), int((xs - x).abs().argmin())) for x, y in points]
-    aspect = image.shape[1] / image.shape[0]
+    positions = view.positions()
+    close_ups = [(str(number), view, positions, point) for number, point in enumerate(points, 1)]
+    return _plot_close_ups(close_ups, image, title or f"{view.name}: {type(view.layer).__name__}")
+
+
+def compare_samples(
+    views: Mapping[str, LayerView], image: np.ndarray, point: Sequence[float], title: str = ""
+) -> Figure:
+    """Where one pixel reads in several networks, drawn as by `plot_samples` and all in one scale.
+
+    Args:
+        views: Label → the layer of that network, from `capture`.
+        image: The picture that the networks saw, `[H, W]` or `[H, W, 3]`.
+        point: (x, y) in pixels of the image; each layer's nearest output pixel is shown.
+        title: Above the picture.
+    """
+    close_ups = [(label, view, view.positions(), point) for label, view in views.items()]
+    return _plot_close_ups(close_ups, image, title)
+
+
+def _plot_close_ups(
+    close_ups: Sequence[Tuple[str, LayerView, Tensor, Sequence[float]]], image: np.ndarray, title: str
+) -> Figure:
+    """The whole image, and a close-up of each (label, view, its positions, point)."""
+    pixels, centres, reach = [], [], 0.0
+    for _, view, positions, (x, y) in close_ups:
+        xs, ys = view.centres()
+        row, column = int((ys - y).abs().argmin()), int((xs - x).abs().argmin())
+        pixels.append((row, column))
+        centres.append((float(xs[column]), float(ys[row])))
+        here = float(positions[0, :, :, row, column].abs().max())
+        reach = max(reach, max(here, float(view.radii.max())) * max(view.step))
+    count, half, aspect = len(close_ups), 1.35 * reach, image.shape[1] / image.shape[0]
     if aspect > 1.8:
-        figure = _figure(3.0 * len(pixels), 3.0 * len(pixels) / aspect + 3.9)
-        grid = figure.add_gridspec(2, len(pixels), height_ratios=[3.0 * len(pixels) / aspect, 3.3])
-        axes = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, i]) for i in range(len(pixels)))]
+        figure = _figure(3.0 * count, 3.0 * count / aspect + 3.9)
+        grid = figure.add_gridspec(2, count, height_ratios=[3.0 * count / aspect, 3.3])
+        axes = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, i]) for i in range(count))]
     else:
-        figure = _figure(3.3 * aspect + 2.9 * len(pixels), 3.9)
-        axes = list(figure.subplots(1, 1 + len(pixels), width_ratios=[1.15 * aspect, *[1.0] * len(pixels)]))
+        figure = _figure(3.3 * aspect + 2.9 * count, 3.9)
+        axes = list(figure.subplots(1, 1 + count, width_ratios=[1.15 * aspect, *[1.0] * count]))
     _show(axes[0], image)
-    reach = max((float(positions[0, :, :, r, c].abs().max()) for r, c in pixels))
-    half = 1.35 * max(reach, float(view.radii.max())) * max(view.step)
-    for number, (ax, (row, column)) in enumerate(zip(axes[1:], pixels, strict=True), 1):
-        x, y = float(xs[column]), float(ys[row])
-        axes[0].add_patch(
-            need("matplotlib.patches", "matplotlib").Rectangle(
-                (x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=ORANGE, linewidth=1.8
-            )
-        )
-        axes[0].text(x + half, y - half, f" {number}", color="black", backgroundcolor=ORANGE, fontsize=8, va="bottom")
+    frame = need("matplotlib.patches", "matplotlib").Rectangle
+    for ax, (label, view, positions, _), pixel, (x, y) in zip(axes[1:], close_ups, pixels, centres, strict=True):
+        box = frame((x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=ORANGE, linewidth=1.8)
+        axes[0].add_patch(box)
+        if len(set(centres)) > 1:
+            corner = {"backgroundcolor": ORANGE, "fontsize": 8, "va": "bottom"}
+            axes[0].text(x + half, y - half, f" {label}", color="black", **corner)
         _show(ax, image, faded=0.25)
-        _draw_ball(ax, view, positions, row, column)
-        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xlabel=f"{number}: x = {x:.0f}, y = {y:.0f}")
-    axes[0].set_title(title or f"{view.name}: {type(view.layer).__name__}", fontsize=10)
+        _draw_ball(ax, view, positions, *pixel)
+        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xlabel=f"{label}: x = {x:.0f}, y = {y:.0f}")
+    axes[0].set_title(title, fontsize=10)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure

@@ -1,7 +1,7 @@
 """The convolution that all of the family shares: a ball gives samples, one op takes them."""
 
 import math
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..ops.reference import ball_conv2d_reference
 
 IntPair = Union[int, Sequence[int]]
 INITS = ("identity", "paper")
+MODULATIONS = (False, True, "unbounded")
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> str:
@@ -43,7 +44,11 @@ class BallConv2d(nn.Module):
         groups: Of the kernel; the predictor always reads all channels.
         bias: Whether there is one.
         metric_groups: G; the input channels fall into G equal runs, each with a ball of its own.
-        modulated: Predict a factor for each sample too, 2σ(raw) (DCNv2's masks, doubled so that zero means 1).
+        modulated: Predict a factor for each sample too. True: 2σ(raw) (DCNv2's masks, doubled so that zero means 1).
+            "unbounded": 1 + raw (the dynamic weights of DCNv4, Xiong et al., CVPR 2024: any sign and size, no softmax).
+        separable_predictor: The predictor is a depthwise 3×3 convolution and a 1×1, `predictor[0]` and `predictor[1]`,
+            with the layer's stride, dilation and centres: lighter than a k×k one by far where k or the number of groups
+            is large. It changes nothing where the predictor has no window (active, affine).
         fixed_kernel: The kernel gets no gradient (the paper's FKW); it stays in the state dict.
         init: "identity" (starts as `nn.Conv2d`) or "paper" (every tap 1 / (k²·C_in), the paper's predictor).
         backend: Name of a backend of `ops.ball_conv2d`; by default the fastest that can run.
@@ -57,7 +62,7 @@ class BallConv2d(nn.Module):
     if TYPE_CHECKING:  # nn.Module's attributes are Tensor | Module to a type checker
         weight: nn.Parameter
         bias: Optional[nn.Parameter]
-        predictor: nn.Conv2d  # None where nothing is predicted
+        predictor: Union[nn.Conv2d, nn.Sequential]  # None where nothing is predicted
         points: Tensor
 
     # Where the points of the ball come from, and how far from its centre a sample can be, in pixels.
@@ -76,7 +81,8 @@ class BallConv2d(nn.Module):
         bias: bool = True,
         *,
         metric_groups: int = 1,
-        modulated: bool = False,
+        modulated: Union[bool, str] = False,
+        separable_predictor: bool = False,
         fixed_kernel: bool = False,
         init: str = "identity",
         backend: Optional[str] = None,
@@ -99,6 +105,8 @@ class BallConv2d(nn.Module):
                 f"metric_groups={metric_groups}: must divide in_channels={in_channels}, and divide groups={groups} or "
                 "be divided by it."
             )
+        if modulated not in MODULATIONS:
+            raise ValueError(f"modulated={modulated!r}: expected one of {', '.join(map(repr, MODULATIONS))}.")
         if backend is not None:
             _choice("backend", backend, list(BACKENDS))
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -108,6 +116,9 @@ class BallConv2d(nn.Module):
         same = (self.dilation[0] * (k // 2), self.dilation[1] * (k // 2))
         self.padding = same if padding is None else _int_pair("padding", padding, 0)
         self.modulated, self.fixed_kernel, self.backend = modulated, fixed_kernel, backend
+        self.separable_predictor = separable_predictor
+        # for TorchScript, which knows one type for an attribute
+        self._masks, self._unbounded = k * k if modulated else 0, modulated == "unbounded"
         self.init = _choice("init", init, INITS)
 
         dd = {"device": device, "dtype": dtype}
@@ -115,7 +126,7 @@ class BallConv2d(nn.Module):
             torch.empty(out_channels, in_channels // groups, k, k, **dd), requires_grad=not fixed_kernel
         )
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
-        channels = metric_groups * (self.predicted + k * k * modulated)
+        channels = metric_groups * (self.predicted + self._masks)
         self.predictor = self._make_predictor(channels, dd) if channels else None  # type: ignore[assignment]
         self._tabulate()
         self.reset_parameters()
@@ -125,10 +136,30 @@ class BallConv2d(nn.Module):
         """Raw channels of one metric group, without the masks'."""
         raise NotImplementedError
 
-    def _make_predictor(self, channels: int, dd: dict) -> Optional[nn.Conv2d]:
-        return nn.Conv2d(
-            self.in_channels, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd
-        )
+    def _make_predictor(self, channels: int, dd: dict) -> Union[nn.Conv2d, nn.Sequential]:
+        c = self.in_channels
+        if not self.separable_predictor:
+            return nn.Conv2d(c, channels, self.kernel_size, self.stride, self.padding, self.dilation, bias=True, **dd)
+        # centred as the kernel: −padding + dilation·(3 − 1)/2 here is −padding + dilation·(k − 1)/2 there
+        k, padding = self.kernel_size[0], []
+        for pad, dilation in zip(self.padding, self.dilation, strict=True):
+            excess = dilation * (k - 3)
+            if excess % 2 or 2 * pad < excess:
+                raise ValueError(
+                    f"separable_predictor=True: no 3×3 window is centred as kernel_size={k} with "
+                    f"padding={self.padding}, dilation={self.dilation}; expected dilation·(k − 1) even and padding of "
+                    "at least dilation·(k − 3)/2."
+                )
+            padding.append(pad - excess // 2)
+        pads = (padding[0], padding[1])
+        depthwise = nn.Conv2d(c, c, 3, self.stride, pads, self.dilation, groups=c, bias=False, **dd)
+        return nn.Sequential(depthwise, nn.Conv2d(c, channels, 1, bias=True, **dd))
+
+    def predictor_head(self) -> Optional[nn.Conv2d]:
+        """The convolution that gives the raw channels: the predictor, or the 1×1 of a separable one."""
+        if isinstance(self.predictor, nn.Sequential):
+            return cast(nn.Conv2d, self.predictor[1])
+        return self.predictor
 
     def _tabulate(self) -> None:
         """(Re)makes the pattern's points on the device of the kernel, in float32 at least: never rounded to bf16."""
@@ -161,10 +192,16 @@ class BallConv2d(nn.Module):
         self.reset_predictor()
 
     def reset_predictor(self) -> None:
-        """Initialises the predictor alone: zero, or the paper's 1e-6, with bias zero."""
-        if self.predictor is not None:
-            nn.init.constant_(self.predictor.weight, 1e-6 if self.init == "paper" else 0.0)
-            nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
+        """Initialises the predictor alone: zero, or the paper's 1e-6, with bias zero.
+
+        That is the 1×1 of a separable one; its depthwise part starts as any `nn.Conv2d`, so that both of them learn.
+        """
+        head = self.predictor_head()
+        if head is not None:
+            nn.init.constant_(head.weight, 1e-6 if self.init == "paper" else 0.0)
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        if isinstance(self.predictor, nn.Sequential):
+            cast(nn.Conv2d, self.predictor[0]).reset_parameters()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **conv_cfg) -> "BallConv2d":
@@ -214,9 +251,10 @@ class BallConv2d(nn.Module):
 
     def density(self, raw: Tensor) -> Optional[Tensor]:
         """Raw channels → the factor of each sample `[B, G·K, H_out, W_out]`, or None where there is none."""
-        if not self.modulated:
+        if self._masks == 0:
             return None
-        return 2 * raw[:, -self.metric_groups * self.kernel_size[0] * self.kernel_size[1] :].sigmoid()
+        raw = raw[:, -self.metric_groups * self._masks :]
+        return 1 + raw if self._unbounded else 2 * raw.sigmoid()
 
     @torch.jit.ignore
     def positions(self, x: Tensor) -> Tensor:
@@ -253,10 +291,10 @@ class BallConv2d(nn.Module):
                 self.weight,
                 self.bias,
                 mask,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,  # type: ignore[arg-type]
+                self.stride,  # type: ignore[arg-type]
+                self.padding,  # type: ignore[arg-type]
+                self.dilation,  # type: ignore[arg-type]
+                self.groups,
             )
         return self._convolve(x, samples, mask)
 
@@ -278,6 +316,7 @@ class BallConv2d(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"padding={self.padding}"]
-        defaults = {"dilation": (1, 1), "groups": 1, "metric_groups": 1, "modulated": False, "fixed_kernel": False}
-        parts += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        defaults = {"dilation": (1, 1), "groups": 1, "metric_groups": 1, "modulated": False}
+        defaults |= {"separable_predictor": False, "fixed_kernel": False}
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))

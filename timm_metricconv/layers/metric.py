@@ -41,6 +41,7 @@ class MetricConv2d(BallConv2d):
         steps: Of a geodesic, see `geometry.geodesic_positions`.
         metric_groups: See `BallConv2d`.
         modulated: See `BallConv2d`.
+        separable_predictor: See `BallConv2d`.
         fixed_kernel: See `BallConv2d`.
         init: See `BallConv2d`.
         backend: See `BallConv2d`.
@@ -81,7 +82,8 @@ class MetricConv2d(BallConv2d):
         ball: str = "tangent",
         steps: int = 1,
         metric_groups: int = 1,
-        modulated: bool = False,
+        modulated: Union[bool, str] = False,
+        separable_predictor: bool = False,
         fixed_kernel: bool = False,
         init: str = "identity",
         backend: Optional[str] = None,
@@ -115,6 +117,7 @@ class MetricConv2d(BallConv2d):
             bias,
             metric_groups=metric_groups,
             modulated=modulated,
+            separable_predictor=separable_predictor,
             fixed_kernel=fixed_kernel,
             init=init,
             backend=backend,
@@ -132,10 +135,14 @@ class MetricConv2d(BallConv2d):
         return self.channels
 
     def reset_predictor(self) -> None:
-        """Identity: weight zero, and the bias for which M = I, ω = 0. Paper: the authors' rows, bias zero."""
-        init_predictor(
-            self.predictor, PARAMETRIZATIONS[self.parametrization], self.init, self.scale, self.metric_groups
-        )
+        """Identity: weight zero, and the bias for which M = I, ω = 0. Paper: the authors' rows, bias zero.
+
+        The depthwise part of a separable predictor as in `BallConv2d.reset_predictor`.
+        """
+        super().reset_predictor()
+        row, head = PARAMETRIZATIONS[self.parametrization], self.predictor_head()
+        assert head is not None, "a metric is predicted"
+        init_predictor(head, row, self.init, self.scale, self.metric_groups)
 
     def _metric(self, raw: Tensor) -> Metric:
         """Raw channels → the metrics in whitened form, components `[B, H_out, W_out, G]`."""

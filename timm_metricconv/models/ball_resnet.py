@@ -3,19 +3,16 @@
 The module is not called `resnet.py` because timm keys modules by their last name.
 """
 
-from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from huggingface_hub import constants
-from timm.models import register_model, resnet
-from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg
+from timm.models import resnet
 from torch import nn
 
 from ..layers import BallConv2d
 from .checkpoints import checkpoint_filter_fn
 from .convert import convert
+from .registry import layer_arguments, register, stage_numbers, standard_cfgs
 
 # The arguments that give the paper's network, for all three families.
 PAPER: Dict[str, Any] = {
@@ -29,9 +26,6 @@ PAPER: Dict[str, Any] = {
         "init": "paper",
     },
 }
-
-# What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
-METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps")
 
 
 class BallResNet(resnet.ResNet):
@@ -64,9 +58,7 @@ class BallResNet(resnet.ResNet):
             raise ValueError(f"stem={stem!r}: expected 'imagenet' or 'cifar'.")
         if layout not in ("timm", "paper"):
             raise ValueError(f"layout={layout!r}: expected 'timm' or 'paper'.")
-        # 3.0 would name a block
-        if isinstance(stages, int) or any(not isinstance(s, int) or s not in (1, 2, 3, 4) for s in stages):
-            raise ValueError(f"stages={stages!r}: expected numbers from 1 to 4.")
+        stages = stage_numbers(stages)
         if layout == "paper":
             if kwargs.setdefault("output_stride", 16) not in (16, 32):
                 raise ValueError(f"output_stride={kwargs['output_stride']}: layout='paper' has its own, 16.")
@@ -77,11 +69,8 @@ class BallResNet(resnet.ResNet):
             self._undilate_first_block()
         if stem == "cifar":
             self._cifar_stem()
-        conv_cfg = dict(conv_cfg or {})
-        if conv != "metric":
-            conv_cfg = {key: value for key, value in conv_cfg.items() if key not in METRIC_ONLY}
         if stages:
-            convert(self, conv, [f"layer{stage}.*" for stage in stages], **conv_cfg)
+            convert(self, conv, [f"layer{stage}.*" for stage in stages], **layer_arguments(conv, conv_cfg))
 
     def _undilate_first_block(self) -> None:
         """Stride 1 without dilation in the first block of the last stage; timm dilates its second convolution."""
@@ -115,23 +104,6 @@ class BallResNet(resnet.ResNet):
                 module.reset_predictor()
 
 
-def _create_ball_resnet(variant: str, pretrained: bool = False, **kwargs) -> BallResNet:
-    try:
-        kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
-        return build_model_with_cfg(BallResNet, variant, pretrained, **kwargs)
-    except Exception as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        # huggingface_hub raises OSErrors, and what the HTTP library below it raises
-        download = isinstance(error, OSError) or type(error).__module__.startswith(("http", "requests", "urllib3"))
-        if not (pretrained and cfg.hf_hub_id and download):
-            raise
-        raise RuntimeError(
-            f"{variant}: the weights of {cfg.hf_hub_id} could not be fetched from {constants.ENDPOINT} "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the network and HF_ENDPOINT; "
-            "HF_HUB_OFFLINE=1 reads the cache alone, pretrained=False starts without weights."
-        ) from error
-
-
 _BLOCKS: Dict[str, Dict[str, Any]] = {
     "resnet18": {"block": resnet.BasicBlock, "layers": (2, 2, 2, 2)},
     "resnet34": {"block": resnet.BasicBlock, "layers": (3, 4, 6, 3)},
@@ -149,32 +121,6 @@ _BLOCKS: Dict[str, Dict[str, Any]] = {
 }
 FAMILIES = ("metric", "deform", "shifted")
 
-
-def _default_cfg(architecture: str) -> DefaultCfg:
-    """timm's own configurations of the standard network, each pointing at that network's Hub repository."""
-    theirs = resnet.default_cfgs[architecture]
-    cfgs = {
-        tag: replace(cfg, url="", hf_hub_id=f"timm/{architecture}.{tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id)
-        for tag, cfg in theirs.cfgs.items()
-    }
-    return DefaultCfg(tags=theirs.tags.copy(), cfgs=cfgs, is_pretrained=theirs.is_pretrained)
-
-
-default_cfgs = {f"{name}_{conv}": _default_cfg(name) for name in _BLOCKS for conv in FAMILIES}
+default_cfgs = standard_cfgs(resnet, _BLOCKS, FAMILIES)
 __all__: List[str] = ["PAPER", "BallResNet"]
-
-
-def _register(architecture: str, conv: str) -> None:
-    name = f"{architecture}_{conv}"
-
-    def entry_point(pretrained: bool = False, **kwargs) -> BallResNet:
-        return _create_ball_resnet(name, pretrained, **{**_BLOCKS[architecture], "conv": conv, **kwargs})
-
-    entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__doc__ = f"timm's {architecture} with {conv} convolutions; arguments of `BallResNet`."
-    globals()[name] = register_model(entry_point)
-
-
-for _architecture in _BLOCKS:
-    for _conv in FAMILIES:
-        _register(_architecture, _conv)
+register(__name__, BallResNet, _BLOCKS, FAMILIES, checkpoint_filter_fn)

@@ -38,7 +38,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 
     Args:
         state_dict: Of timm's or torchvision's network of that name, of the authors' code, or of this package.
-        model: The network to load.
+        model: The network to load, a registered one.
 
     Returns:
         A complete state dict for `model`.
@@ -58,7 +58,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if not any(key in state_dict for key in added):
         state_dict.update({key: own[key] for key in added})
 
-    first_conv, classifier = "conv1", "fc"
+    cfg: Dict[str, str] = model.pretrained_cfg  # type: ignore[assignment]
+    first_conv, classifier = cfg["first_conv"], cfg["classifier"]
     if getattr(model, "stem", "imagenet") == "cifar":
         changed = [
             key

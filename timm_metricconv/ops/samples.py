@@ -34,8 +34,9 @@ def place(samples: Union[Tensor, Samples]) -> Tensor:
     points = samples.points if samples.points.dim() == 3 else samples.points[None]
     rays = points[-1]
     radii = torch.linalg.vector_norm(rays, dim=-1, keepdim=True)
-    # any direction serves for a point at the origin
-    directions = torch.where(radii > 0, rays / radii, torch.eye(2, dtype=rays.dtype, device=rays.device)[0])
+    # any direction serves for a point at the origin; no 0 / 0, which ONNX' constant folding warns of
+    any_direction = torch.eye(2, dtype=rays.dtype, device=rays.device)[0]
+    directions = torch.where(radii > 0, rays / radii.clamp(min=1e-30), any_direction)
     stretch = (randers(directions, metric) + samples.eps).reciprocal()[:, :, :, :, None]
     # a plane for x and one for y: a trailing dimension of 2 would be slow
     planes = torch.stack((stretch * points[..., 0], stretch * points[..., 1]))

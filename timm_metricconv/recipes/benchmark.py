@@ -23,7 +23,7 @@ from ..layers import LAYERS, BallConv2d
 from ..ops import BACKENDS
 from .compile_report import compile_report
 from .config import ConfigError, option
-from .network import count_activations, count_macs
+from .network import count_activations, count_macs, randomise_predictors
 from .report import console, print_table, update_csv, write_atomic
 
 OURS = ("deform", "shifted", "metric")
@@ -83,17 +83,6 @@ class DeformPeer(nn.Module):
         return self.function(*tensors, layer.stride, layer.padding, layer.dilation).to(x.dtype)
 
 
-def _randomise(module: nn.Module) -> nn.Module:
-    """Trained-looking predictors: offsets of about a pixel, so no sample sits on the lattice."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, BallConv2d) and layer.predictor is not None:
-            weight = layer.predictor.weight
-            values = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
-            weight.data.copy_(values.to(weight.dtype))
-    return module
-
-
 def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
     unknown = [name for name in config.backends if name not in BACKENDS]
     if unknown:
@@ -107,25 +96,25 @@ def _layer_peers(config: BenchmarkConfig, channels: int, stride: int, backends: 
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, channels, **arguments)
     yield Peer("conv2d", "torch", conv)
-    deform = _randomise(LAYERS["deform"].from_conv(conv))
+    deform = randomise_predictors(LAYERS["deform"].from_conv(conv))
     yield Peer("torchvision_deform", "torchvision", DeformPeer(deform, deform_conv2d))
     if config.device == "cuda" and find_spec("deformops"):
         function = import_module("deformops.integrations.torchvision").deform_conv2d
         yield Peer("deformops", "deformops", DeformPeer(deform, function))
     for name in OURS:
         for backend in backends:
-            yield Peer(name, backend, _randomise(LAYERS[name].from_conv(conv, backend=backend)))
+            yield Peer(name, backend, randomise_predictors(LAYERS[name].from_conv(conv, backend=backend)))
 
 
 def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Iterator[Peer]:
     yield Peer("conv2d", "torch", timm.create_model(f"{model}_metric", stem=stem, stages=[]))
     network = timm.create_model(f"{model}_deform", stem=stem, conv_cfg={"backend": "torchvision"})
-    yield Peer("torchvision_deform", "torchvision", _randomise(network))
+    yield Peer("torchvision_deform", "torchvision", randomise_predictors(network))
     for name in OURS:
         for backend in backends:
             if (name, backend) != ("deform", "torchvision"):
                 network = timm.create_model(f"{model}_{name}", stem=stem, conv_cfg={"backend": backend})
-                yield Peer(name, backend, _randomise(network))
+                yield Peer(name, backend, randomise_predictors(network))
 
 
 def _gradients(module: nn.Module, x: Tensor) -> List[Tensor]:

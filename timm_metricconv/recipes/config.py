@@ -89,8 +89,19 @@ def _merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict
     return merged
 
 
-def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
-    """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs."""
+def read_yaml(path: Union[str, Path], derived: Sequence[Path] = ()) -> Dict[str, Any]:
+    """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs.
+
+    Args:
+        path: The file.
+        derived: The files whose base it is, the first of them first.
+
+    Raises:
+        ConfigError: A file that is missing, is no YAML, holds no mapping or is its own base.
+    """
+    chain = [*derived, Path(path).resolve()]
+    if chain[-1] in derived:
+        raise ConfigError(f"base: the files go round in a circle: {' → '.join(file.name for file in chain)}.")
     try:
         data = yaml.load(Path(path).read_text(), _Loader)
     except FileNotFoundError:
@@ -100,7 +111,7 @@ def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
     if not isinstance(data, (dict, type(None))):
         raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
     base = (data or {}).pop("base", None)
-    return (data or {}) if base is None else _merge(read_yaml(Path(path).parent / str(base)), data)
+    return (data or {}) if base is None else _merge(read_yaml(Path(path).parent / str(base), chain), data)
 
 
 def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:

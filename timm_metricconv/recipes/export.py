@@ -1,7 +1,10 @@
 """Export of a network: ONNX, `torch.export` or an AOTInductor package, compared with the network before it is kept."""
 
+import copy
 import os
 import shutil
+import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
@@ -12,10 +15,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from .config import ConfigError, option
-from .network import create_model, load_checkpoint
+from .network import adaptive_layers, create_model, load_checkpoint
 
-# torch's exporter writes nothing older; its conversion to older op sets fails on these networks and keeps 18.
-MIN_OPSET = 18
+# torch's exporter writes nothing older than 18; its conversion to older op sets fails on these networks and keeps 18.
+# DeformConv came with 19.
+MIN_OPSET, MIN_OPSET_DEFORM = 18, 19
+# The backend in a program that is not portable: ONNX has torchvision's operator, and torch finds ours in this package.
+FAST = {"onnx": "torchvision", "export": "gather", "aoti": "gather"}
 SUFFIX = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
 
 
@@ -32,13 +38,21 @@ class ExportConfig:
     image_size: Optional[PositiveInt] = option(None, "height and width of the example; by default the model's own")
     dynamic: bool = option(True, "batch and image size may change afterwards")
     half: bool = option(False, "float16 weights and images; positions stay float32")
-    opset: int = option(20, "ONNX operator set, 18 or later")
+    portable: Optional[bool] = option(None, "ordinary operators alone; by default false for onnx, which has DeformConv")
+    opset: int = option(20, "ONNX operator set, 19 or later (18 where portable)")
     tolerance: NonNegativeFloat = option(1e-4, "largest difference from the network, relative to its largest output")
+    time: bool = option(False, "print what one image takes, and what it takes the network")
 
     @property
     def path(self) -> Path:
         """Where the export goes."""
         return Path(self.output or self.model.rstrip("/").split(":")[-1].split("/")[-1] + SUFFIX[self.format])
+
+    @property
+    def backend(self) -> str:
+        """The backend of `ops.ball_conv2d` that the program is made with."""
+        portable = self.format != "onnx" if self.portable is None else self.portable
+        return "reference" if portable else FAST[self.format]
 
 
 def load_network(config: ExportConfig) -> nn.Module:
@@ -64,11 +78,18 @@ def _images(model: nn.Module, config: ExportConfig) -> List[Tensor]:
         height = width = config.image_size
     if config.dynamic:
         # equal lengths would be taken for one length
-        sizes = [(2, height, width + 32), (1, height, width), (3, height + 9, width + 16)]
+        sizes = [(2, height, width + 32), (3, height + 9, width + 16), (1, height, width)]
     else:
         sizes = [(1, height, width)]
     dtype = torch.half if config.half else torch.float32
     return [torch.randn(batch, channels, *size, dtype=dtype) for batch, *size in sizes]
+
+
+def _with_backend(model: nn.Module, backend: str) -> nn.Module:
+    model = copy.deepcopy(model)
+    for layer in adaptive_layers(model):
+        layer.backend = backend
+    return model
 
 
 def _dynamic_shapes(dynamic: bool) -> Optional[Tuple[Dict[int, Any]]]:
@@ -95,11 +116,14 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path, config: ExportConfig
     if written != config.opset:
         raise ConfigError(f"opset={config.opset}: only {written} could be written; give --opset {written}.")
     program.save(str(path))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class for every status
+        hint = "" if config.portable else " It has DeformConv from 1.25 on; --portable true does without."
         version = onnxruntime.__version__
-        raise ConfigError(f"opset={config.opset}: onnxruntime {version} cannot read it: {error}") from error
+        raise ConfigError(f"opset={config.opset}: onnxruntime {version} cannot read it: {error}.{hint}") from error
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
 
@@ -146,6 +170,11 @@ def _compare(run: Callable[[Tensor], Tensor], model: nn.Module, images: List[Ten
     return worst
 
 
+def _milliseconds(run: Callable[[Tensor], Tensor], image: Tensor) -> float:
+    """CPU time, the best of ten."""
+    return 1000 * min(timeit.repeat(lambda: run(image), timer=time.process_time, repeat=10, number=1))
+
+
 def _temporary(path: Path, suffix: str) -> Path:
     if path.suffix != suffix:
         raise ConfigError(f"output: expected a name that ends in {suffix}, got {str(path)!r}.")
@@ -168,16 +197,24 @@ def export(config: ExportConfig) -> Path:
             f"opset={config.opset}: torch's exporter cannot write these networks for less than {MIN_OPSET}; "
             f"give --opset {MIN_OPSET} or later."
         )
+    if config.format == "onnx" and config.opset < MIN_OPSET_DEFORM and not config.portable:
+        raise ConfigError(
+            f"opset={config.opset}: ONNX has DeformConv from {MIN_OPSET_DEFORM} on; give --opset {MIN_OPSET_DEFORM} or "
+            "later, or --portable true."
+        )
     path = config.path
     temporary = _temporary(path, SUFFIX[config.format])
     model = load_network(config)
     images = _images(model, config)
     try:
-        run = _EXPORTERS[config.format](model, images[0], temporary, config)
+        run = _EXPORTERS[config.format](_with_backend(model, config.backend), images[0], temporary, config)
         difference = _compare(run, model, images, config)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     tried = ", ".join("×".join(map(str, image.shape)) for image in images)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, equal to the network within {difference:.1e} on {tried}")
+    if config.time:
+        taken, eager = (_milliseconds(f, images[-1]) for f in (run, model))
+        print(f"{config.format} {taken:.1f} ms, network {eager:.1f} ms of CPU time: {taken / eager:.2f} times")
     return path

@@ -68,7 +68,9 @@ def _with_ray(runs: Sequence[TrainConfig], config: LaunchConfig) -> Iterator[Dic
         try:
             yield ray.get(result)
         except RayTaskError as error:
-            raise error.cause from None
+            if isinstance(error.cause, (RecipeError, OSError)):
+                raise error.cause from None
+            raise  # a defect, with the worker's traceback
         except RayError as error:
             raise RecipeError(
                 f"{run.name}, seed {run.seed}: its worker was lost {RETRIES + 1} times ({error}); the same command "

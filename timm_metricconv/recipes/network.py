@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, TypeVar
 
 import timm
 import torch
@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
 from .config import ConfigError, option
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -133,13 +135,24 @@ def is_predictor(name: str) -> bool:
     return ".predictor." in f".{name}" or name.split(".")[-1] == "offset"
 
 
+def randomise_predictors(model: Network, size: float = 1.0) -> Network:
+    """Trained-looking predictors: raw channels of about `size` for an input of variance 1, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in adaptive_layers(model):
+        head = layer.predictor_head()
+        if head is not None:
+            values = torch.randn(head.weight.shape, generator=generator) * (size / head.weight[0].numel() ** 0.5)
+            head.weight.data.copy_(values.to(head.weight.dtype))
+    return model
+
+
 def predictor_regulariser(model: nn.Module) -> Tensor:
-    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts)."""
-    terms = [
-        sum(parameter.abs().mean() for parameter in layer.predictor.parameters()) / 2
-        for layer in adaptive_layers(model)
-        if layer.predictor is not None
-    ]
+    """The mean over layers and over {weight, bias} of mean |parameter| (the regulariser of the authors' scripts).
+
+    Of a separable predictor it means the 1×1 convolution: with both of its parts at zero neither would learn again.
+    """
+    heads = [layer.predictor_head() for layer in adaptive_layers(model)]
+    terms = [sum(parameter.abs().mean() for parameter in head.parameters()) / 2 for head in heads if head is not None]
     return torch.stack(terms).mean() if terms else torch.zeros(())
 
 

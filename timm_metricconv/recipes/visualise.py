@@ -22,13 +22,14 @@ from ..viz import (
     strong_edges,
 )
 from .config import ConfigError, option
-from .network import create_model
+from .network import create_model, randomise_predictors
 from .report import write_atomic
 from .run import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 
 @dataclass
@@ -45,6 +46,7 @@ class VisualiseConfig(RunConfig):
     model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model")
     pretrained: bool = option(False, "load the model's weights")
+    random: float = option(0.0, "size of random raw channels that untrained predictors give; 0 keeps the predictors")
     layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
     cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
     dpi: PositiveFloat = option(110.0, "resolution of the pictures")
@@ -59,11 +61,14 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
         size: Its shorter side; 0 keeps its own.
 
     Raises:
-        ConfigError: There is neither such a file nor such a picture.
+        ConfigError: There is neither such a file nor such a picture, or the file is no image.
     """
     numpy, pillow = need("numpy", "numpy"), need("PIL.Image", "pillow")
     if Path(name).is_file():
-        picture = pillow.open(name).convert("RGB")
+        try:
+            picture = pillow.open(name).convert("RGB")
+        except OSError as error:
+            raise ConfigError(f"image: {name!r} is no image that Pillow can read ({error}).") from None
     else:
         library, parts = need("skimage.data", "scikit-image"), []
         for part in name.split("+"):
@@ -82,10 +87,12 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
 
 def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
     # a folder or a repository of weights without its weights would be no use
-    return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an untrained network is the same every time
+        return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
 
 
-def _as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
+def as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
     """The picture as a timm model takes it, `[1, C, H, W]`."""
     cfg = model.pretrained_cfg
     channels = cfg["input_size"][0]
@@ -95,14 +102,18 @@ def _as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
     return (x - mean) / std
 
 
+def to_picture(figure: "Figure", dpi: float) -> "Image":
+    """A figure as it looks, without the margin around it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
+    return need("PIL.Image", "pillow").open(drawn).convert("RGB")
+
+
 def _save(figure: "Figure", path: Path, dpi: float) -> None:
     """As PNG with a palette: a third of the size, and no difference to the eye."""
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
-    pillow = need("PIL.Image", "pillow")
-    picture = pillow.open(drawn).convert("RGB")
+    packed, pillow = io.BytesIO(), need("PIL.Image", "pillow")
     # rare colours (the ends of a colour scale) keep a place in the palette, which k-means then fits to the rest
-    picture = picture.quantize(256, pillow.Quantize.MAXCOVERAGE, kmeans=3, dither=pillow.Dither.NONE)
+    picture = to_picture(figure, dpi).quantize(256, pillow.Quantize.MAXCOVERAGE, kmeans=3, dither=pillow.Dither.NONE)
     picture.save(packed, format="png", optimize=True)
     write_atomic(path, packed.getvalue())
 
@@ -136,11 +147,13 @@ def visualise(config: VisualiseConfig) -> List[Path]:
 
     if config.model:
         model = _network(config.model, config, config.model_args)
+        if config.random:
+            randomise_predictors(model, config.random)
         names = [name for name, module in model.named_modules() if isinstance(module, BallConv2d)]
         points = config.points or strong_edges(image)
         for name in config.layers or names[:1] or [""]:
             try:
-                view = capture(model, name, _as_input(model, image))
+                view = capture(model, name, as_input(model, image))
             except ValueError as error:
                 raise ConfigError(f"layers: {config.model}: {error}") from None
             field, kind = layer_field(view), type(view.layer).__name__
@@ -154,6 +167,6 @@ def visualise(config: VisualiseConfig) -> List[Path]:
 
     if config.cam:
         models = {label: _network(name, config, {}) for label, name in config.cam.items()}
-        inputs = {label: _as_input(model, image) for label, model in models.items()}
+        inputs = {label: as_input(model, image) for label, model in models.items()}
         save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
     return written

@@ -1,0 +1,115 @@
+"""What the backbones share: their arguments, timm's configurations, the making of a network, and its registration."""
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Type
+
+from huggingface_hub import constants
+from timm.models import register_model
+from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._pretrained import DefaultCfg
+from torch import Tensor, nn
+
+# What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
+METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps")
+
+
+def stage_numbers(stages: Sequence[int]) -> List[int]:
+    """The argument `stages` of a backbone, or a ValueError."""
+    # 3.0 would name a block
+    if isinstance(stages, int) or any(not isinstance(s, int) or s not in (1, 2, 3, 4) for s in stages):
+        raise ValueError(f"stages={stages!r}: expected numbers from 1 to 4.")
+    return list(stages)
+
+
+def layer_arguments(conv: str, conv_cfg: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """The argument `conv_cfg` of a backbone, without what the layers named `conv` do not take."""
+    left_out = () if conv == "metric" else METRIC_ONLY
+    return {key: value for key, value in (conv_cfg or {}).items() if key not in left_out}
+
+
+def standard_cfgs(theirs: ModuleType, architectures: Iterable[str], convs: Sequence[str]) -> Dict[str, DefaultCfg]:
+    """timm's own configurations of the standard networks, each pointing at that network's Hub repository.
+
+    Args:
+        theirs: timm's module of the standard networks.
+        architectures: Names in it.
+        convs: Names of our convolutions.
+
+    Returns:
+        `<architecture>_<conv>` → its configurations, with timm's tags.
+    """
+    cfgs = {}
+    for name in architectures:
+        standard = theirs.default_cfgs[name]
+        tags = {
+            tag: replace(cfg, url="", hf_hub_id=f"timm/{name}.{tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id)
+            for tag, cfg in standard.cfgs.items()
+        }
+        for conv in convs:
+            cfgs[f"{name}_{conv}"] = replace(standard, tags=standard.tags.copy(), cfgs=dict(tags))
+    return cfgs
+
+
+def create(network: Type[nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """`build_model_with_cfg`, with one clear error where the weights cannot be fetched.
+
+    Args:
+        network: Class of the network.
+        variant: Registered name.
+        pretrained: Load its weights.
+        **kwargs: Of `build_model_with_cfg`, and through it of the class.
+
+    Raises:
+        RuntimeError: The weights cannot be fetched, or do not fit.
+    """
+    try:
+        return build_model_with_cfg(network, variant, pretrained, **kwargs)
+    except Exception as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        # huggingface_hub raises OSErrors, and what the HTTP library below it raises
+        download = isinstance(error, OSError) or type(error).__module__.startswith(("http", "requests", "urllib3"))
+        if not (pretrained and cfg.hf_hub_id and download):
+            raise
+        raise RuntimeError(
+            f"{variant}: the weights of {cfg.hf_hub_id} could not be fetched from {constants.ENDPOINT} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the network and HF_ENDPOINT; "
+            "HF_HUB_OFFLINE=1 reads the cache alone, pretrained=False starts without weights."
+        ) from error
+
+
+def register(
+    module: str,
+    network: Type[nn.Module],
+    architectures: Dict[str, Dict[str, Any]],
+    convs: Sequence[str],
+    checkpoint_filter_fn: Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]],
+    feature_cfg: Optional[Dict[str, Any]] = None,
+) -> None:
+    """Registers `<architecture>_<conv>` in timm, each an entry point in the backbone's module.
+
+    Args:
+        module: `__name__` of that module; it has its `default_cfgs` already.
+        network: Class of the networks; it takes `conv`.
+        architectures: Name → arguments of the class.
+        convs: Names of our convolutions.
+        checkpoint_filter_fn: What every checkpoint passes; recipes look for it under this name in the module.
+        feature_cfg: Of `build_model_with_cfg`.
+    """
+
+    def entry_point(name: str, defaults: Dict[str, Any]) -> Callable[..., nn.Module]:
+        def make(pretrained: bool = False, **kwargs) -> nn.Module:
+            kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
+            # a copy, because timm removes what it has read
+            return create(network, name, pretrained, feature_cfg=dict(feature_cfg or {}), **{**defaults, **kwargs})
+
+        # by these two timm knows a model and its module
+        make.__name__, make.__module__, make.__qualname__ = name, module, name
+        return make
+
+    for architecture, arguments in architectures.items():
+        for conv in convs:
+            make = entry_point(f"{architecture}_{conv}", {**arguments, "conv": conv})
+            make.__doc__ = f"timm's {architecture} with {conv} convolutions; arguments of `{network.__name__}`."
+            setattr(sys.modules[module], make.__name__, register_model(make))
