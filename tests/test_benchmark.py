@@ -1,15 +1,18 @@
 """The benchmark: what it writes, and that it times nothing that is wrong."""
 
+import csv
 import json
 import math
 
 import pytest
+import timm
 import torch
 
 from timm_metricconv.ops import BACKENDS
 from timm_metricconv.recipes import benchmark as module
-from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark
+from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark, write_timm_csv
 from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.network import count_activations, count_macs
 
 KEYS = {
     "what", "peer", "backend", "shape", "dtype", "direction", "median_ms", "ratio_to_conv",
@@ -43,6 +46,44 @@ def test_models():
     records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}
     assert {record["shape"] for record in records} == {"test_resnet 2x3x8x8"}
+
+
+def test_timm_csv(tmp_path, monkeypatch):
+    """timm's columns, our names beside the standard one; rows of the same network are replaced, others kept."""
+    monkeypatch.setattr(module, "MODEL_SHAPES", (("imagenet", (2, 3, 32, 32)),))
+    config = BenchmarkConfig(what="model", models=["test_resnet"], backends=["gather"], csv=str(tmp_path))
+    peers = {"conv2d": "torch", "deform": "gather", "shifted": "gather", "metric": "gather"}
+    base = {"shape": "test_resnet 2x3x32x32"}
+    records = [
+        {**base, "peer": peer, "backend": backend, "direction": direction, "median_ms": ms * (1 + number)}
+        for direction, ms in (("forward", 4.0), ("forward_backward", 10.0))
+        for number, (peer, backend) in enumerate(peers.items())
+    ]
+    others = [{**record, "backend": "torchvision", "median_ms": 0.1} for record in records]
+    write_timm_csv(config, records)
+    (infer,), (training,) = (list(tmp_path.glob(f"benchmark-{kind}-fp32-nhwc-*.csv")) for kind in ("infer", "train"))
+    infer.write_text(infer.read_text() + "resnet18,1.00,1000.000,1,224,11.69,1.82,2.48\n")
+    write_timm_csv(config, others + records)
+    rows = list(csv.DictReader(infer.open()))
+    names = ["test_resnet", "test_resnet_deform", "test_resnet_shifted", "test_resnet_metric", "resnet18"]
+    assert [row["model"] for row in rows] == names
+    assert [float(row["infer_samples_per_sec"]) for row in rows[:2]] == [500, 250]
+    assert list(rows[0])[2:] == [
+        "infer_step_time", "infer_batch_size", "infer_img_size", "param_count", "infer_gmacs", "infer_macts"
+    ]  # fmt: skip
+    rows = list(csv.DictReader(training.open()))
+    columns = ["model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count"]
+    assert [row["model"] for row in rows] == names[:4] and list(rows[0]) == columns
+    assert rows[0]["train_step_time"] == "10.000"
+    training.write_text("model,top1\n")
+    with pytest.raises(ConfigError, match="has the columns"):
+        write_timm_csv(config, records)
+
+
+def test_counts_are_timms():
+    """resnet18 at 224 in timm's own benchmark-infer files: 11.69 M parameters, 1.82 GMACs, 2.48 M activations."""
+    model = timm.create_model("resnet18_metric", stages=[])
+    assert round(count_macs(model, 224), 2) in (1.81, 1.82) and round(count_activations(model, 224), 2) == 2.48
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):

@@ -20,8 +20,8 @@ from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.network import build_model
 
 KEYS = [
-    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "vs_standard", "params", "predictor_params",
-    "gmacs", "images_per_second", "seconds", "geometry",
+    "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "top5_mean", "top5_std",
+    "top5", "vs_standard", "params", "predictor_params", "gmacs", "images_per_second", "seconds", "geometry",
 ]  # fmt: skip
 
 

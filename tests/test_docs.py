@@ -1,5 +1,6 @@
 """README and docs: their code runs, their commands parse, their files exist, and the API page's names resolve."""
 
+import csv
 import inspect
 import os
 import pkgutil
@@ -143,6 +144,52 @@ def test_files_and_links_exist(page):
         places += [page.parent / link.partition("#")[0] for link in links if "://" not in link]
     missing = [os.path.relpath(place, ROOT) for place in places if not list(ROOT.glob(os.path.relpath(place, ROOT)))]
     assert not missing
+
+
+TABLE = re.compile(r"^<!-- (results/\S+\.csv): (.+) -->\n\n?((?:\|.*\n)+)", re.MULTILINE)
+
+
+def as_shown(value, cell):
+    """A number of a CSV file with the digits and the sign that a table's cell has; other values as they are."""
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    sign = "+" if cell[:1] in ("+", "-") else ""
+    return f"{number:{sign},.{len(cell.partition('.')[2])}f}"
+
+
+def check_tables(text, root):
+    """Each table after a comment `results/FILE.csv: column, column` has the file's rows, in its order."""
+    for file, columns, table in TABLE.findall(text):
+        with (root / file).open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        shown = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
+        assert len(shown) == len(rows), f"{file} has {len(rows)} rows, the table {len(shown)}"
+        for cells, row in zip(shown, rows, strict=True):
+            expected = [row[column.strip()] for column in columns.split(",")]
+            pairs = list(zip(expected, cells, strict=True))
+            expected = [as_shown(value, cell) for value, cell in pairs]
+            assert cells == expected, f"{file} says | {' | '.join(expected)} |"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_tables_are_what_the_results_say(page):
+    text = page.read_text()
+    assert len(TABLE.findall(text)) == text.count("<!-- results/")  # none is overlooked
+    check_tables(text, ROOT)
+
+
+def test_a_table_that_differs_is_found(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.csv").write_text("model,top1,gain\nm,90.126,0.5\n")
+    text = (
+        "<!-- results/a.csv: model, top1, gain -->\n\n| model | top-1 | gain |\n|---|---|---|\n| m | 90.13 | +0.5 |\n"
+    )
+    check_tables(text, tmp_path)
+    for wrong in (text.replace("90.13", "90.12"), text.replace("| m |", "| n |"), text + "| n | 1 | +1 |\n"):
+        with pytest.raises(AssertionError, match=r"a\.csv"):
+            check_tables(wrong, tmp_path)
 
 
 def test_navigation_has_every_page():

@@ -337,6 +337,23 @@ def test_validate_refuses_other_classes(tmp_path, images):
         validate(ValidateConfig(model=f"local-dir:{tmp_path}/run/model", data="digits", workers=0))
 
 
+def test_results_as_timm_publishes_them(tmp_path):
+    """One row for each model, the best first; the numbers are those of the record."""
+    path = tmp_path / "results-digits.csv"
+    for name in ("test_resnet_metric", "test_resnet_deform", "test_resnet_metric"):
+        torch.manual_seed(0)
+        values = {"model": name, "data": "digits/0-1", "val_images": 8, "input_size": 32, "workers": 0, "batch_size": 8}
+        record = validate(ValidateConfig(**values, pretrained=False, csv=str(path)))
+    rows = list(csv.DictReader(path.open()))
+    columns = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
+    assert list(rows[0]) == columns.split(",") and len(rows) == 2
+    row = next(row for row in rows if row["model"] == "test_resnet_metric")
+    assert float(row["top1"]) == pytest.approx(record["top1"], abs=1e-3) and row["img_size"] == "32"
+    assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
+    assert float(row["param_count"]) == pytest.approx(record["params"] / 1e6, abs=0.01)
+    assert float(rows[0]["top1"]) >= float(rows[1]["top1"])
+
+
 def test_textures_do_not_overlap():
     from timm_metricconv.recipes.data import _textures
 

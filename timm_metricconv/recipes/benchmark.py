@@ -23,8 +23,8 @@ from ..layers import LAYERS, BallConv2d
 from ..ops import BACKENDS
 from .compile_report import compile_report
 from .config import ConfigError, option
-from .network import randomise_predictors
-from .report import console, print_table, write_atomic
+from .network import count_activations, count_macs, randomise_predictors
+from .report import console, print_table, update_csv, write_atomic
 
 # Name of a peer → the kind of its layers, and their arguments
 OURS: Dict[str, Tuple[str, Dict[str, Any]]] = {
@@ -46,6 +46,9 @@ class BenchmarkConfig:
     device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
     what: Literal["layer", "model", "all", "compile"] = option("layer", "layer, model, all, or compile (no GPU needed)")
     output: Optional[str] = option(None, "JSON file for the records")
+    csv: Optional[str] = option(
+        None, "folder for the networks' benchmark-infer-*.csv and -train-*.csv as timm has them"
+    )
     batch: int = option(8, "images in a layer's batch")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of weights and images; positions are float32")
     repeats: int = option(15, "timed repetitions of every peer, in turns")
@@ -271,6 +274,47 @@ def _row(record: Dict[str, Any], device: str) -> Dict[str, Any]:
     }
 
 
+def _csv_name(config: BenchmarkConfig, kind: str) -> str:
+    """Like timm's: benchmark-infer-fp32-nhwc-pt2141-cpu-2threads.csv."""
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
+    version = torch.__version__.partition("+")[0].replace(".", "")
+    device = f"cpu-{torch.get_num_threads()}threads"
+    if config.device == "cuda":
+        device = torch.cuda.get_device_name().lower().replace(" ", "_")
+    return f"benchmark-{kind}-{dtype}-nhwc-pt{version}-{device}{'-dynamo' if config.compile else ''}.csv"
+
+
+def write_timm_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> None:
+    """The networks' records as rows of timm's two files, each with the backend that is preferred here."""
+    preferred, (batch, _, size, _) = _backends(config, reference=False)[0], dict(MODEL_SHAPES)["imagenet"]
+    for kind, direction in (("infer", "forward"), ("train", "forward_backward")):
+        rows = []
+        for model in config.models:
+            for peer in ("conv2d", *OURS):
+                backend = "torch" if peer == "conv2d" else preferred
+                key = {"shape": f"{model} {batch}x3x{size}x{size}", "peer": peer, "backend": backend}
+                found = [r for r in records if {**r, **key} == r and r["direction"] == direction]
+                if not found:
+                    continue
+                name = model if peer == "conv2d" else f"{model}_{peer}"
+                network, ms = timm.create_model(name), found[0]["median_ms"]
+                row = {
+                    "model": name,
+                    f"{kind}_samples_per_sec": f"{batch / ms * 1e3:.2f}",
+                    f"{kind}_step_time": f"{ms:.3f}",
+                    f"{kind}_batch_size": batch,
+                    f"{kind}_img_size": size,
+                    "param_count": f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}",
+                }
+                if kind == "infer":
+                    row["infer_gmacs"] = f"{count_macs(network, size):.2f}"
+                    row["infer_macts"] = f"{count_activations(network, size):.2f}"
+                rows.append(row)
+        if rows:
+            path = Path(config.csv or ".") / _csv_name(config, kind)
+            update_csv(path, rows, ["model", f"{kind}_img_size"], f"{kind}_samples_per_sec")
+
+
 def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
     """Times every peer and prints a table.
 
@@ -302,6 +346,8 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         records += _time(config, what, label, x, ready)
         if config.output:
             write_atomic(config.output, json.dumps(records, indent=2) + "\n")
+    if config.csv:
+        write_timm_csv(config, records)
     rows = [_row(record, config.device) for record in records]
     threads = f"{torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name()
     print_table(rows, f"{config.device} ({threads}), {config.dtype}, torch {torch.__version__}")

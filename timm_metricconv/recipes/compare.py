@@ -3,23 +3,20 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
 
-import torch
 from timm.models import list_models
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
 from .config import ConfigError, build, option
-from .data import class_count, image_size, make_datasets
+from .data import image_size
 from .diagnosis import mean_diagnosis, plot_geometry
 from .launch import LaunchConfig, run_all
-from .network import create_model, parameter_counts
+from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
 from .run import RunConfig, read_curves, write_config
 from .statistics import Difference, mean_interval, paired_difference
-from .train import TrainConfig
+from .train import TASKS, TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
 # Run where they are named.
@@ -43,13 +40,14 @@ class CompareConfig(LaunchConfig, RunConfig):
     """A comparison."""
 
     name: str = option("compare", "name of the comparison")
+    task: Literal["classification", "segmentation"] = option("classification", "what is learnt, from `train`'s data")
     model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
     model_args: Dict[str, Any] = option({}, "arguments of all networks: stem, layout, stages, conv_cfg")
     conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric, metric-geodesic, active, affine")
     init: List[Init] = option(["transfer", "scratch"], "transfer (TL), uniform (the paper's TL), scratch (SC)")
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
     seeds: List[int] = option([0, 1], "one run for each")
-    source: Dict[str, Any] = option({}, "training of the standard network that warm starts load; empty: the Hub's")
+    source: Dict[str, Any] = option({}, "training of the standard classifier that warm starts load; empty: the Hub's")
     train: Dict[str, Any] = option({}, "training, the same for every run (see scripts/train.py --help)")
 
 
@@ -92,7 +90,7 @@ def _kernels(config: CompareConfig) -> List[str]:
 
 
 def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
-    return build(TrainConfig, {**config.train, **overrides}, where="train")
+    return build(TrainConfig, {**config.train, "task": config.task, **overrides}, where="train")
 
 
 def _source_checkpoint(config: CompareConfig) -> Optional[str]:
@@ -100,35 +98,29 @@ def _source_checkpoint(config: CompareConfig) -> Optional[str]:
     if not config.source or config.init == ["scratch"]:
         return None
     folder = config.folder / "source"
-    values = {**config.source, **_network(config, "standard"), "name": "source", "output": str(folder)}
+    values = {**config.source, **_network(config, "standard"), "task": "classification"}
+    values.update(name="source", output=str(folder))
     (summary,) = run_all([_train_config(config, **values)], config)
     console.print(f"source task {summary['data']}: the standard network reaches {summary['top1']:.2f} % top-1")
     return str(folder / "model" / "model.safetensors")
 
 
-def count_macs(model: nn.Module, size: int) -> float:
-    """Multiply-adds of one image of `size`² pixels in units of 1e9, the gather of adaptive layers counted."""
-    image = torch.zeros(1, 3, size, size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    return counter.get_total_flops() / 2e9
-
-
 def _cost(config: CompareConfig, conv: str) -> Dict[str, Any]:
-    training = _train_config(config, **_network(config, conv))
-    classes = class_count(training, make_datasets(training)[0])
-    model = create_model(training.model, training.model_args, num_classes=classes)
+    task, training = TASKS[config.task], _train_config(config, **_network(config, conv), pretrained=False)
+    model = task.network(training, task.datasets(training, training.seed)[0])
     return {**parameter_counts(model), "gmacs": count_macs(model, image_size(training, model.pretrained_cfg))}
 
 
 def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost: Dict[str, Any]) -> Dict[str, Any]:
-    top1 = [run["top1"] for run in runs]
+    scores: Dict[str, Any] = {}
+    for score in TASKS[config.task].scores:
+        values = [run[score] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        scores.update({f"{score}_mean": statistics.mean(values), f"{score}_std": spread, score: values})
     return {
         **cell._asdict(),
         "seeds": config.seeds,
-        "top1_mean": statistics.mean(top1),
-        "top1_std": statistics.stdev(top1) if len(top1) > 1 else 0.0,
-        "top1": top1,
+        **scores,
         "vs_standard": None,
         **cost,
         "images_per_second": statistics.median(run["images_per_second"] for run in runs),
@@ -137,13 +129,18 @@ def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost:
     }
 
 
-def _compare_with_standard(records: List[Dict[str, Any]]) -> None:
+def _deciding(config: CompareConfig) -> Tuple[str, str]:
+    """The score that decides, and its name for people."""
+    return next(iter(TASKS[config.task].scores.items()))
+
+
+def _compare_with_standard(records: List[Dict[str, Any]], score: str) -> None:
     """Fills in `vs_standard`: the difference to the standard convolution of the same row, paired by seed."""
-    standard = {(r["init"], r["kernel"]): r["top1"] for r in records if r["conv"] == "standard"}
+    standard = {(r["init"], r["kernel"]): r[score] for r in records if r["conv"] == "standard"}
     for record in records:
         theirs = standard.get((record["init"], record["kernel"]))
         if theirs is not None and record["conv"] != "standard":
-            difference = paired_difference(record["top1"], theirs)
+            difference = paired_difference(record[score], theirs)
             record["vs_standard"] = difference and difference._asdict()
 
 
@@ -154,11 +151,12 @@ def _versus(record: Dict[str, Any]) -> str:
     return f"{difference.difference:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {difference.verdict}"
 
 
-def _row(record: Dict[str, Any]) -> Dict[str, Any]:
+def _row(record: Dict[str, Any], task: str) -> Dict[str, Any]:
     """What a table for people has room for."""
+    shown = {name: label for name, label in TASKS[task].scores.items() if name != "top5"}
     return {
         **{key: record[key] for key in Cell._fields},
-        "top-1 (%)": f"{record['top1_mean']:.2f} ± {record['top1_std']:.2f}",
+        **{f"{label} (%)": f"{record[f'{key}_mean']:.2f} ± {record[f'{key}_std']:.2f}" for key, label in shown.items()},
         "vs standard, 95 %": _versus(record),
         "params": f"{record['params']:,}",
         "predictors": f"{record['predictor_params']:,}",
@@ -172,18 +170,19 @@ def _run_folder(config: CompareConfig, cell: Cell, seed: int) -> Path:
 
 
 def plot_curves(config: CompareConfig):
-    """Top-1 over epochs: a panel for each (init, kernel), for each convolution the mean and its 95 % interval."""
+    """The score over epochs: a panel for each (init, kernel), for each convolution the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")
     panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
+    score, label = _deciding(config)
     seen: List[float] = []
     for cell in _cells(config):
         axes = panels[config.init.index(cell.init)][config.kernel.index(cell.kernel)]
         axes.set_title(f"{_INITS[cell.init]}, {cell.kernel} kernels")
         curves = [read_curves(_run_folder(config, cell, seed)) for seed in config.seeds]
         epochs = [row["epoch"] for row in curves[0]]
-        values = [[curve[i]["top1"] for curve in curves] for i in range(len(epochs))]
+        values = [[curve[i][score] for curve in curves] for i in range(len(epochs))]
         colour = _COLOURS.get(cell.conv)
         axes.plot(epochs, [statistics.mean(v) for v in values], label=cell.conv, color=colour, marker=".")
         seen += [min(map(min, values)), max(map(max, values))]
@@ -196,7 +195,7 @@ def plot_curves(config: CompareConfig):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
-        row[0].set_ylabel("validation top-1 (%)")
+        row[0].set_ylabel(f"validation {label} (%)")
     panels[0][0].legend(loc="lower right")
     data = config.train.get("data", "digits")
     figure.suptitle(f"{config.model} on {data}, {len(config.seeds)} seeds (band: 95 % interval)")
@@ -252,16 +251,17 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     write_config(config)
     costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
     checkpoint = _source_checkpoint(config)
+    score, label = _deciding(config)
     cells = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
     results: Dict[Cell, List[Dict[str, Any]]] = {cell: [] for cell, _ in cells}
     runs = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in cells]
     for number, ((cell, seed), result) in enumerate(zip(cells, run_all(runs, config), strict=True), 1):
         results[cell].append(result)
-        console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: top-1 {result['top1']:6.2f} %")
+        console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: {label} {result[score]:6.2f} %")
     records = [_record(cell, config, done, costs[cell.conv]) for cell, done in results.items()]
-    _compare_with_standard(records)
-    rows = [_row(record) for record in records]
-    write_summary(config.folder, records, f"{config.name}: top-1 of {config.model}", rows)
+    _compare_with_standard(records, score)
+    rows = [_row(record, config.task) for record in records]
+    write_summary(config.folder, records, f"{config.name}: {label} of {config.model}", rows)
     save_figure(plot_curves(config), config.folder / "curves.png")
     reports = {(f"{_INITS[r['init']]}, {r['kernel']} kernels", r["conv"]): r["geometry"] for r in records}
     save_figure(plot_geometry(reports, _COLOURS), config.folder / "geometry.png")

@@ -129,21 +129,27 @@ def _digits(classes: str, train: bool) -> ArrayDataset:
     return ArrayDataset(images[split], labels[split], last - first + 1)
 
 
-def _textures(train: bool, size: int = 32) -> ArrayDataset:
-    """32×32 patches of scikit-image's brick, grass and gravel; training and validation patches come from other regions.
+def textures(train: bool) -> List[Tuple[np.ndarray, int]]:
+    """Regions of scikit-image's brick, grass and gravel, each with its label; `[512, 384]` uint8 or `[512, 128]`.
 
-    The left three quarters of each 512×512 picture train and the right quarter validates, a patch's width apart; no two
-    patches overlap.
+    The left three quarters of each picture are for training and the right quarter is for validation.
     """
     from skimage import data
 
+    pictures = data.brick(), data.grass(), data.gravel()
+    border = 3 * pictures[0].shape[1] // 4
+    part = slice(None, border) if train else slice(border, None)
+    return [(picture[:, part], label) for label, picture in enumerate(pictures)]
+
+
+def _textures(train: bool, size: int = 32) -> ArrayDataset:
+    """32×32 patches of `textures`: no two overlap, and a patch's width lies between training and validation."""
     images, labels = [], []
-    for label, picture in enumerate((data.brick(), data.grass(), data.gravel())):
-        border = 3 * picture.shape[1] // 4
-        first, last = (0, border - size) if train else (border, picture.shape[1])
-        for top in range(0, picture.shape[0] - size + 1, size):
-            for left in range(first, last - size + 1, size):
-                images.append(picture[top : top + size, left : left + size])
+    for region, label in textures(train):
+        right = region.shape[1] - (size if train else 0)
+        for top in range(0, region.shape[0] - size + 1, size):
+            for left in range(0, right - size + 1, size):
+                images.append(region[top : top + size, left : left + size])
                 labels.append(label)
     return ArrayDataset(np.stack(images), labels, 3)
 

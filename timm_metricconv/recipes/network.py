@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
 from .config import ConfigError, option
@@ -189,3 +190,28 @@ def parameter_counts(model: nn.Module) -> Dict[str, int]:
         "params": sum(p.numel() for p in model.parameters()),
         "predictor_params": sum(p.numel() for name, p in model.named_parameters() if is_predictor(name)),
     }
+
+
+def count_macs(model: nn.Module, size: int) -> float:
+    """Multiply-adds of one image of `size`² pixels in units of 1e9, the gather of adaptive layers counted."""
+    image = torch.zeros(1, 3, size, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    return counter.get_total_flops() / 2e9
+
+
+def count_activations(model: nn.Module, size: int) -> float:
+    """Outputs of convolutions (predictors too) and linear layers for one image of `size`² pixels in units of 1e6."""
+    count = 0
+
+    def add(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal count
+        count += output.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, BallConv2d))]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return count / 1e6

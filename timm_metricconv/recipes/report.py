@@ -11,6 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 from rich.console import Console
 from rich.table import Table
 
+from .config import ConfigError
+
 # a pipe has no width of its own, and 80 columns cut tables
 console = Console() if sys.stdout.isatty() else Console(width=120)
 Record = Dict[str, Any]
@@ -58,6 +60,24 @@ def csv_text(records: Sequence[Record]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
+
+
+def update_csv(path: Union[str, Path], rows: Sequence[Record], key: Sequence[str], order: str) -> None:
+    """Writes rows into a CSV file of the same columns, in place of those that agree in `key`; highest `order` first.
+
+    Raises:
+        ConfigError: The file has other columns.
+    """
+    path, columns = Path(path), list(rows[0])
+    old: List[Record] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old = list(reader)
+        if reader.fieldnames != columns:
+            raise ConfigError(f"csv: {path} has the columns {reader.fieldnames}, expected {columns}.")
+    merged = {tuple(str(row[column]) for column in key): row for row in [*old, *rows]}
+    write_atomic(path, csv_text(sorted(merged.values(), key=lambda row: -float(row[order]))))
 
 
 def markdown(records: Sequence[Record]) -> str:

@@ -11,28 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, accuracy
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError, build, option
-from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
+from .data import DataConfig
 from .diagnosis import diagnose, sample_images
-from .network import NetworkConfig, build_model, parameter_counts, parameter_groups, predictor_regulariser
+from .network import NetworkConfig, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, write_atomic
 from .run import RunConfig, check_same_run, progress, read_curves, write_config
+from .segment import SEGMENTATION, SegmentConfig
+from .tasks import CLASSIFICATION, Task
 
+TASKS: Dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
 # Steps between two looks at the loss: a look waits for the device.
 CHECK_EVERY = 50
 
@@ -54,10 +55,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
-class TrainConfig(DataConfig, NetworkConfig, RunConfig):
+class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     """A training run."""
 
     name: str = option("train", "name of the run")
+    task: Literal["classification", "segmentation"] = option("classification", "what is learnt")
     epochs: PositiveInt = option(10, "epochs")
     opt: Optimiser = option("adamw", "timm optimiser")
     lr: PositiveFloat = option(1e-3, "learning rate")
@@ -149,16 +151,12 @@ class _EmaState:
         self.ema.module.load_state_dict(state)
 
 
-def save_model(model: nn.Module, config: DataConfig, folder: Path) -> None:
-    """Writes `model/model.safetensors` and `model/config.json`, which `timm.create_model("local-dir:…")` loads."""
+def save_model(model: nn.Module, config: TrainConfig, folder: Path) -> None:
+    """Writes `model/`, what loads the network again: of a classifier `timm.create_model("local-dir:…")`."""
     target, temporary = folder / "model", folder / "model.tmp"
-    mean, std = normalisation(config, model.pretrained_cfg)
-    size = image_size(config, model.pretrained_cfg)
-    crop, interpolation = evaluation_crop(config, model.pretrained_cfg)
-    image = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
     # safetensors refuses channels-last strides
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    timm.models.save_for_hf(plain, str(temporary), safe_serialization=True, data_config=image)
+    TASKS[config.task].save(plain, config, temporary)
     target.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
         os.replace(file, target / file.name)
@@ -167,29 +165,18 @@ def save_model(model: nn.Module, config: DataConfig, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator, channels_last: bool = True
+    task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator, channels_last: bool = True
 ) -> Dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 in percent over a prepared loader, all processes together."""
+    """`val_loss` and the scores of a task over a prepared loader, all processes together."""
     model.eval()
-    outputs, targets = [], []
+    rows = []
     for images, target in loader:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             output = model(images)
-        output, target = accelerator.gather_for_metrics((output.float(), target))
-        outputs.append(output.cpu())
-        targets.append(target.cpu())
-    output, target = torch.cat(outputs), torch.cat(targets)
-    top1, top5 = accuracy(output, target, topk=(1, min(5, output.shape[1])))
-    loss = nn.functional.cross_entropy(output, target)
-    return {"val_loss": loss.item(), "top1": float(top1), "top5": float(top5)}
-
-
-def _loss(config: TrainConfig) -> nn.Module:
-    if config.mixup or config.cutmix:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+        rows.append(accelerator.gather_for_metrics(task.measure(output.float(), target)).cpu())
+    return task.summarise(torch.cat(rows))
 
 
 class _Trainer:
@@ -197,6 +184,7 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, quiet: bool, prepare: Optional[Callable[[nn.Module], None]]):
         self.config, self.quiet = config, quiet
+        self.task = TASKS[config.task]
         try:
             self.accelerator = Accelerator(
                 # without this, accelerate takes two processes on a machine without accelerator for two runs
@@ -214,9 +202,8 @@ class _Trainer:
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)
         with self.accelerator.main_process_first():  # one process downloads
-            train_set, val_set = make_datasets(config, config.seed)
-        classes = class_count(config, train_set)
-        model = build_model(config, classes)
+            train_set, val_set = self.task.datasets(config, config.seed)
+        model = self.task.network(config, train_set)
         if prepare is not None:
             prepare(model)
         if config.channels_last:
@@ -224,8 +211,8 @@ class _Trainer:
         self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
         optimiser, self.scheduler = make_optimiser(model, config)
         loaders = (
-            make_loader(config, train_set, model.pretrained_cfg, train=True),
-            make_loader(config, val_set, model.pretrained_cfg, train=False),
+            self.task.loader(config, train_set, model.pretrained_cfg, True),
+            self.task.loader(config, val_set, model.pretrained_cfg, False),
         )
         self.model, self.optimiser, self.train_loader, self.val_loader = self.accelerator.prepare(
             model, optimiser, *loaders
@@ -237,8 +224,9 @@ class _Trainer:
         if config.mixup or config.cutmix:
             if config.batch_size % 2:
                 raise ConfigError(f"batch_size={config.batch_size}: mixup and cutmix mix pairs; give an even number.")
+            classes = self.bare.num_classes
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
-        self.loss = _loss(config)
+        self.loss = self.task.loss(config)
 
     @property
     def bare(self) -> nn.Module:
@@ -304,19 +292,21 @@ class _Trainer:
             "epoch": epoch + 1,
             "lr": learning_rate(self.optimiser),
             "train_loss": loss / max(steps, 1),
-            **evaluate(self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
+            **evaluate(self.task, self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
             "images_per_second": images_seen * self.accelerator.num_processes / seconds,
             "seconds": time.perf_counter() - started,
         }
 
 
-def _print_epoch(row: Dict[str, Any]) -> None:
+def _print_epoch(row: Dict[str, Any], scores: Dict[str, str]) -> None:
     if row["epoch"] == 1:
-        heads = ("lr", 9), ("train loss", 10), ("val loss", 9), ("top-1", 7), ("top-5", 7), ("images/s", 9)
+        named = ((name, 7) for name in scores.values())
+        heads = ("lr", 9), ("train loss", 10), ("val loss", 9), *named, ("images/s", 9)
         console.print("epoch", *(f"{text:>{width}}" for text, width in heads))
     console.print(
-        f"{row['epoch']:>5} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['val_loss']:>9.4f} {row['top1']:>7.2f} "
-        f"{row['top5']:>7.2f} {row['images_per_second']:>9.0f}"
+        f"{row['epoch']:>5} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['val_loss']:>9.4f}",
+        *(f"{row[score]:>7.2f}" for score in scores),
+        f"{row['images_per_second']:>9.0f}",
     )
 
 
@@ -334,8 +324,8 @@ def train(
         prepare: Called with the new network before training, e.g. to freeze parts of it.
 
     Returns:
-        The content of `summary.json`: model, top1, top5, epochs, params, predictor_params, images_per_second, seconds,
-        geometry (see `diagnose`).
+        The content of `summary.json`: model, data, epochs, the task's scores (top1, top5), params, predictor_params,
+        images_per_second, seconds, geometry (see `diagnose`).
 
     Raises:
         ConfigError: The configuration cannot be used, or the folder holds another run.
@@ -360,7 +350,7 @@ def train(
             write_atomic(folder / "curves.csv", csv_text(rows))
             save_model(trainer.ema.module if trainer.ema else trainer.bare, config, folder)
             if not quiet:
-                _print_epoch(rows[-1])
+                _print_epoch(rows[-1], trainer.task.scores)
         checkpoints.save(epoch + 1)
     network, images = trainer.ema.module if trainer.ema else trainer.bare, sample_images(trainer.val_loader)
     summary = {**_summary(config, trainer.bare, rows), "geometry": diagnose(network, images)}
@@ -379,8 +369,7 @@ def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) 
         "model": config.model,
         "data": config.data,
         "epochs": config.epochs,
-        "top1": rows[-1]["top1"],
-        "top5": rows[-1]["top5"],
+        **{score: rows[-1][score] for score in TASKS[config.task].scores},
         **parameter_counts(model),
         "images_per_second": speeds[len(speeds) // 2],
         "seconds": sum(row["seconds"] for row in rows),

@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from .config import ConfigError, option
-from .data import DataConfig, class_count, make_datasets, make_loader
+from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader
 from .network import create_model, parameter_counts
-from .report import print_table, write_summary
+from .report import print_table, update_csv, write_summary
+from .tasks import CLASSIFICATION
 from .train import evaluate
 
 
@@ -21,7 +22,25 @@ class ValidateConfig(DataConfig):
     model_args: Dict[str, Any] = option({}, "arguments of the model")
     pretrained: bool = option(True, "load the model's weights")
     amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
+    csv: Optional[str] = option(None, "results-<data>.csv with timm's columns, in which this model gets its row")
+    csv_name: Optional[str] = option(None, "what the CSV file calls the model; by default `model`")
     output: Optional[str] = option(None, "folder for summary.json, .csv and .md; by default nothing is written")
+
+
+def timm_row(config: ValidateConfig, record: Dict[str, Any], pretrained_cfg: dict) -> Dict[str, Any]:
+    """A row of timm's `results-imagenet.csv`: percent, and millions of parameters."""
+    crop, interpolation = evaluation_crop(config, pretrained_cfg)
+    return {
+        "model": config.csv_name or config.model,
+        "top1": f"{record['top1']:.3f}",
+        "top1_err": f"{100 - record['top1']:.3f}",
+        "top5": f"{record['top5']:.3f}",
+        "top5_err": f"{100 - record['top5']:.3f}",
+        "param_count": f"{record['params'] / 1e6:.2f}",
+        "img_size": image_size(config, pretrained_cfg),
+        "crop_pct": f"{crop:.3f}",
+        "interpolation": interpolation,
+    }
 
 
 def validate(config: ValidateConfig) -> Dict[str, Any]:
@@ -42,11 +61,13 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
         raise ConfigError(f"model: {config.model} has {model.num_classes} classes, {config.data} has {classes}.")
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
-    result = evaluate(model, loader, accelerator)
+    result = evaluate(CLASSIFICATION, model, loader, accelerator)
     bare = accelerator.unwrap_model(model)
     record = {"model": config.model, "data": config.data, "images": len(dataset), **result, **parameter_counts(bare)}
     if accelerator.is_main_process:
         print_table([record], f"{config.model} on {config.data}")
         if config.output:
             write_summary(config.output, [record], f"{config.model} on {config.data}")
+        if config.csv:
+            update_csv(config.csv, [timm_row(config, record, bare.pretrained_cfg)], ["model", "img_size"], "top1")
     return record

@@ -1,0 +1,245 @@
+"""Segmentation: the data, its scores, a run that stops and goes on, the comparison, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [consumers]")
+
+import segmentation_models_pytorch as smp
+import timm
+from PIL import Image
+
+from timm_metricconv import BallConv2d
+from timm_metricconv.recipes import segment_data
+from timm_metricconv.recipes import train as training
+from timm_metricconv.recipes.compare import CompareConfig, compare
+from timm_metricconv.recipes.config import ConfigError
+from timm_metricconv.recipes.segment import IGNORED, SEGMENTATION, SegmentationLoss, build_segmenter
+from timm_metricconv.recipes.segment_data import CurveDataset, make_mask_datasets, make_mask_loader
+from timm_metricconv.recipes.train import TrainConfig, train
+
+DECODER = {"decoder_channels": [8, 8, 8, 8, 8]}
+
+
+def disc(size, centre, radius):
+    y, x = np.mgrid[:size, :size]
+    return ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Bright discs on dark noise, 8 + 4 images; the masks as 0 and 255."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(count):
+            mask = disc(40, random.uniform(10, 30, 2), 8)
+            pixels = (mask[..., None] * 150 + random.uniform(0, 60, (40, 40, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / "images" / f"{i}.jpg")
+            Image.fromarray(mask * 255).save(tmp_path / "data" / split / "masks" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def tiny(tmp_path, folder, **changes) -> TrainConfig:
+    values = {
+        "task": "segmentation",
+        "model": "test_resnet_metric",
+        "decoder_args": DECODER,
+        "data": str(folder),
+        "input_size": 32,
+        "scale": [0.5, 1.0],
+        "batch_size": 4,
+        "epochs": 2,
+        "workers": 0,
+        "output": str(tmp_path / "run"),
+        **changes,
+    }
+    return TrainConfig(**values)
+
+
+def test_scores_are_those_of_counting(tmp_path):
+    """Dice and IoU of three classes over uneven batches, pixels that do not matter left out."""
+    torch.manual_seed(0)
+    output, target = torch.randn(5, 3, 6, 7), torch.randint(0, 3, (5, 6, 7))
+    target[torch.rand(target.shape) < 0.2] = IGNORED
+    rows = [SEGMENTATION.measure(output[part], target[part]) for part in (slice(0, 3), slice(3, 5))]
+    scores = SEGMENTATION.summarise(torch.cat(rows))
+    dice, iou = [], []
+    for number in (1, 2):
+        both = ours = theirs = 0
+        for guess, truth in zip(output.argmax(1).flatten().tolist(), target.flatten().tolist(), strict=True):
+            if truth != IGNORED:
+                both += guess == truth == number
+                ours += guess == number
+                theirs += truth == number
+        dice.append(2 * both / (ours + theirs))
+        iou.append(both / (ours + theirs - both))
+    assert scores["dice"] == pytest.approx(100 * sum(dice) / 2) and scores["iou"] == pytest.approx(100 * sum(iou) / 2)
+    assert scores.keys() == {"val_loss", *SEGMENTATION.scores}
+
+
+def test_a_perfect_mask_costs_nothing_and_ignored_pixels_have_no_gradient():
+    target = torch.randint(0, 2, (2, 8, 8))
+    sure = 50 * torch.nn.functional.one_hot(target, 2).permute(0, 3, 1, 2).float()
+    assert SegmentationLoss()(sure, target) < 1e-5 < 1 < SegmentationLoss()(-sure, target)
+    target[:, :4] = IGNORED
+    output = torch.zeros(2, 2, 8, 8, requires_grad=True)
+    SegmentationLoss()(output, target).backward()
+    assert not output.grad[:, :, :4].any() and output.grad[:, :, 4:].all()
+
+
+def test_image_and_mask_are_cropped_and_flipped_together(tmp_path, folder):
+    """Where the image is its own mask, it still is after the transform, up to the border that is interpolated."""
+
+    class Itself(segment_data.MaskDataset):
+        def read(self, index):
+            mask = disc(60, (20, 35), 15)
+            return Image.fromarray(mask * 255).convert("RGB"), mask
+
+    dataset = Itself(8, 2)
+    cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    config = tiny(tmp_path, folder, scale=[0.2, 0.6], input_size=64, batch_size=8)
+    images, masks = next(iter(make_mask_loader(config, dataset, cfg, True)))
+    assert images.shape == (8, 3, 64, 64) and masks.shape == (8, 64, 64) and masks.dtype == torch.int64
+    assert type(images) is type(masks) is torch.Tensor
+    assert ((images[:, 0] > 0.5) != (masks == 1)).float().mean() < 0.03 < masks.float().std(0).max()
+
+
+def test_curves_follow_from_their_number_alone():
+    train_set, val_set = CurveDataset("train"), CurveDataset("val")
+    for dataset in (train_set, val_set):
+        image, mask = dataset.read(3)
+        again = CurveDataset(dataset.split).read(3)
+        assert image.tobytes() == again[0].tobytes() and np.array_equal(mask, again[1])
+        assert mask.shape == (64, 64) and 0.01 < np.mean([dataset.read(i)[1].mean() for i in range(20)]) < 0.2
+    assert train_set.read(3)[0].tobytes() != val_set.read(3)[0].tobytes()
+    for ours, theirs in zip(train_set.regions, val_set.regions, strict=True):
+        assert ours.shape[1] + theirs.shape[1] == 512
+
+
+def test_encoder_starts_as_the_classifier(tmp_path, folder):
+    """The one place that makes networks makes the encoder: its kernels, and which of them are fixed."""
+    config = tiny(tmp_path, folder, kernel_start="uniform", fixed_kernel=True, model_args={"stages": [2, 4]})
+    model = build_segmenter(config, 3)
+    layers = [layer for layer in model.encoder.modules() if isinstance(layer, BallConv2d)]
+    assert len(layers) == 4
+    for layer in layers:
+        assert not layer.weight.requires_grad and layer.weight.unique().numel() == 1
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.slow
+def test_interrupted_run_equals_uninterrupted(tmp_path, folder, monkeypatch):
+    whole = tiny(tmp_path, folder, output=str(tmp_path / "whole"))
+    summary = train(whole, quiet=True)
+    assert summary == json.loads((whole.folder / "summary.json").read_text())
+    assert summary["geometry"] and 0 <= summary["iou"] <= summary["dice"] <= 100
+    parted = tiny(tmp_path, folder)
+    epoch = training._Trainer.epoch
+
+    def killed(self, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainer, "epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(parted, quiet=True)
+    train(parted, quiet=True)
+    models = [smp.from_pretrained(str(run.folder / "model")).eval() for run in (whole, parted)]
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    # what was saved has the scores that the summary has
+    cfg = timm.get_pretrained_cfg(whole.model).to_dict()
+    images, masks = next(iter(make_mask_loader(whole, make_mask_datasets(whole)[1], cfg, False)))
+    with torch.no_grad():
+        scores = SEGMENTATION.summarise(SEGMENTATION.measure(models[0](images), masks))
+    assert scores["dice"] == pytest.approx(summary["dice"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_data, "CURVES", {"train": 8, "val": 4})
+    config = CompareConfig(
+        task="segmentation",
+        output=str(tmp_path / "compare"),
+        model="test_resnet",
+        conv=["standard", "metric"],
+        init=["transfer"],
+        kernel=["learnable"],
+        source={"data": "digits/0-1", "train_images": 16, "val_images": 8, "epochs": 1},
+        train={"data": "curves", "input_size": 32, "batch_size": 8, "epochs": 1, "workers": 0, "decoder_args": DECODER},
+    )
+    config.source |= {"batch_size": 8}
+    records = compare(config)
+    assert json.loads((config.folder / "summary.json").read_text()) == records
+    for record in records:
+        for score in SEGMENTATION.scores:
+            assert record[f"{score}_mean"] == pytest.approx(sum(record[score]) / 2)
+    standard, metric = records
+    difference = metric["vs_standard"]["difference"]
+    assert difference == pytest.approx(metric["dice_mean"] - standard["dice_mean"])
+    assert "Dice (%)" in (config.folder / "summary.md").read_text()
+
+
+def save_mask(path, values):
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda root: (root / "train/masks/3.png").unlink(), "train/images: '3' has no mask of that name"),
+        (lambda root: (root / "val/images/1.jpg").unlink(), "val/masks: '1' has no image of that name"),
+        (lambda root: save_mask(root / "train/masks/2.png", np.zeros((40, 30))), "40×40, its mask 30×40"),
+        (lambda root: save_mask(root / "val/masks/2.png", np.zeros((40, 40, 3))), "is in colour"),
+        (lambda root: (root / "val/masks/0.png").write_bytes(b"no image"), "val: '0' cannot be read"),
+        (lambda root: (root / "val").rename(root / "test"), "there is no folder .*val/images"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message) as caught:
+        train(tiny(tmp_path, folder), quiet=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_classes": 2, "data": "classes"}, "has the value 2, but num_classes=2"),
+        ({"train_images": 9}, "train_images: expected at most 8"),
+        ({"batch_size": 9}, "more than the 8 training images"),
+        ({"mixup": 0.2}, "mixup: segmentation has none"),
+        ({"warp": {"rotation": 30}}, "warp: segmentation has none"),
+        ({"decoder": "Unett"}, "decoder: Unett over test_resnet_metric"),
+        ({"decoder": "FPN", "decoder_args": {}, "input_size": 40}, "decoder: FPN .* at 40×40 pixels: .*divisible"),
+        (
+            {"decoder": "FPN", "decoder_args": {}, "model_args": {"stem": "cifar"}},
+            "decoder: FPN .*stem and layout matter",
+        ),
+    ],
+)
+def test_refusals(tmp_path, folder, changes, message):
+    if changes.get("data"):
+        changes = {**changes, "data": str(folder)}
+        save_mask(folder / "train/masks/5.png", np.arange(1600).reshape(40, 40) % 3)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(tmp_path, folder, **changes), quiet=True)
+
+
+def test_classes_are_counted_and_ignored_pixels_are_no_class(tmp_path, folder):
+    mask = np.arange(1600).reshape(40, 40) % 4
+    mask[mask == 3] = IGNORED
+    for split in ("train", "val"):
+        for path in (folder / split / "masks").iterdir():
+            save_mask(path, mask)
+    dataset = make_mask_datasets(tiny(tmp_path, folder))[0]
+    assert len(dataset.classes) == 3 and set(dataset[0][1].flatten().tolist()) == {0, 1, 2, IGNORED}

@@ -1,0 +1,140 @@
+"""Segmentation: a network of segmentation-models-pytorch over one of timm's encoders, trained by the same engine."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict
+
+import torch
+from timm.models import FeatureListNet
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .config import ConfigError, option
+from .data import class_count, image_size
+from .network import build_model
+from .segment_data import IGNORED, make_mask_datasets, make_mask_loader
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+# What classification has and segmentation has not.
+_UNUSED = ("warp", "val_warp", "auto_augment", "re_prob", "crop_pct", "interpolation", "mixup", "cutmix")
+
+
+@dataclass
+class SegmentConfig:
+    """What segmentation adds to a training run."""
+
+    decoder: str = option("Unet", "task=segmentation: architecture of segmentation-models-pytorch over `model`")
+    decoder_args: Dict[str, Any] = option({}, "task=segmentation: its arguments, e.g. decoder_channels")
+
+
+def _smp():
+    try:
+        import segmentation_models_pytorch
+    except ImportError:
+        raise ConfigError('task: "segmentation" needs pip install "timm_metricconv[consumers]".') from None
+    return segmentation_models_pytorch
+
+
+def _datasets(config: "TrainConfig", seed: int):
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    for key in _UNUSED:
+        if getattr(config, key) and getattr(config, key) != default[key]:
+            raise ConfigError(f"{key}: segmentation has none; leave it out.")
+    return make_mask_datasets(config, seed)
+
+
+def build_segmenter(config: "TrainConfig", num_classes: int) -> nn.Module:
+    """A decoder over `config.model`, which starts, is frozen and converted as a classifier of that name would be.
+
+    Raises:
+        ConfigError: segmentation-models-pytorch refuses the decoder, or the encoder or the image size does not fit it.
+    """
+    encoder = build_model(config)
+    size = image_size(config, encoder.pretrained_cfg)
+    try:
+        model = _smp().create_model(
+            config.decoder,
+            f"tu-{config.model}",
+            encoder_weights=None,
+            classes=num_classes,
+            **config.model_args,
+            **config.decoder_args,
+        )
+        features = model.encoder.model
+        if not isinstance(features, FeatureListNet):
+            raise ValueError("its features are not those of a network of stages")
+        flat = not features.state_dict().keys() <= encoder.state_dict().keys()
+        indices = tuple(features.feature_info.out_indices)
+        model.encoder.model = FeatureListNet(encoder, out_indices=indices, flatten_sequential=flat)
+        with torch.no_grad():
+            shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
+        if shape[2:] != (size, size):
+            raise ValueError(f"an image of {size}×{size} gets a mask of {shape[3]}×{shape[2]} (stem and layout matter)")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        text = error.args[0] if error.args else error
+        raise ConfigError(f"decoder: {config.decoder} over {config.model} at {size}×{size} pixels: {text}") from error
+    model.pretrained_cfg = encoder.pretrained_cfg
+    return model.train()
+
+
+def _network(config: "TrainConfig", train_set: Dataset) -> nn.Module:
+    return build_segmenter(config, class_count(config, train_set))
+
+
+class SegmentationLoss(nn.Module):
+    """Cross-entropy of the pixels plus the Dice loss of the classes: thin things are few pixels.
+
+    Args:
+        smoothing: Label smoothing of the cross-entropy.
+    """
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.entropy = nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=smoothing)
+        self.dice = _smp().losses.DiceLoss("multiclass", ignore_index=IGNORED)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Logits `[B, C, H, W]` and class numbers `[B, H, W]` → a number."""
+        return self.entropy(output, target) + self.dice(output.float(), target)
+
+
+def _measure(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, then true and false positives, false and true negatives of each class: `[B, 1 + 4·C]`."""
+    loss = nn.functional.cross_entropy(output, target, ignore_index=IGNORED, reduction="none").mean((1, 2))
+    counts = _smp().metrics.get_stats(
+        output.argmax(1), target, mode="multiclass", num_classes=output.shape[1], ignore_index=IGNORED
+    )
+    return torch.cat([loss[:, None], *(count.to(loss) for count in counts)], 1)
+
+
+def _summarise(rows: Tensor) -> Dict[str, float]:
+    """Dice and IoU in percent: counts of all images together, then the mean over the classes but the background."""
+    rows = rows.double()
+    counts = [count[:, 1:].long() for count in rows[:, 1:].chunk(4, 1)]
+    metrics = _smp().metrics
+    return {
+        "val_loss": rows[:, 0].mean().item(),
+        "dice": 100 * metrics.f1_score(*counts, reduction="macro").item(),
+        "iou": 100 * metrics.iou_score(*counts, reduction="macro").item(),
+    }
+
+
+def _save(model: nn.Module, config: "TrainConfig", folder: Path) -> None:
+    """What `segmentation_models_pytorch.from_pretrained(folder)` loads once `timm_metricconv` is imported."""
+    model.save_pretrained(folder)
+
+
+SEGMENTATION = Task(
+    scores={"dice": "Dice", "iou": "IoU"},
+    datasets=_datasets,
+    loader=make_mask_loader,
+    network=_network,
+    loss=lambda config: SegmentationLoss(config.smoothing),
+    measure=_measure,
+    summarise=_summarise,
+    save=_save,
+)
