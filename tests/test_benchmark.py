@@ -42,6 +42,14 @@ def test_layers(tmp_path, dtype):
             assert record["ratio_to_conv"] == 1
 
 
+def test_depthwise_layers(monkeypatch):
+    """As ConvNeXt has them: 7×7, a ball for every 16 channels, separable predictors."""
+    monkeypatch.setattr(module, "DEPTHWISE_SHAPES", ((32, 6),))
+    records = benchmark(BenchmarkConfig(what="depthwise", batch=2, repeats=1, backends=["gather"]))
+    assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}
+    assert {record["shape"] for record in records} == {"7x7 depthwise 2x32x6x6"}
+
+
 def test_models():
     records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}

@@ -35,6 +35,8 @@ OURS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 }
 # (channels, height = width), of ResNet18's stages
 LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
+# the same of ConvNeXt-T's 7×7 depthwise convolutions
+DEPTHWISE_SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
 MODEL_SHAPES = (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32)))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +46,9 @@ class BenchmarkConfig:
     """A benchmark."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
-    what: Literal["layer", "model", "all", "compile"] = option("layer", "layer, model, all, or compile (no GPU needed)")
+    what: Literal["layer", "depthwise", "model", "all", "compile"] = option(
+        "layer", "layer, depthwise, model, all three, or compile (no GPU needed)"
+    )
     output: Optional[str] = option(None, "JSON file for the records")
     csv: Optional[str] = option(
         None, "folder for the networks' benchmark-infer-*.csv and -train-*.csv as timm has them"
@@ -73,6 +77,9 @@ class Peer(NamedTuple):
     module: nn.Module
 
 
+Peers = Iterator[Peer]
+
+
 class DeformPeer(nn.Module):
     """The deformable layer as its users write it: a predictor and a library's `deform_conv2d`."""
 
@@ -97,22 +104,31 @@ def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
     return [name for name in names if BACKENDS[name].why_not(config.device, 4) is None]
 
 
-def _layer_peers(config: BenchmarkConfig, channels: int, stride: int, backends: List[str]) -> Iterator[Peer]:
-    arguments = {"kernel_size": 3, "stride": stride, "padding": 1}
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, channels, **arguments)
+def _layer_peers(config: BenchmarkConfig, conv: nn.Conv2d, conv_cfg: Dict[str, Any], backends: List[str]) -> Peers:
     yield Peer("conv2d", "torch", conv)
-    deform = randomise_predictors(LAYERS["deform"].from_conv(conv))
+    deform = randomise_predictors(LAYERS["deform"].from_conv(conv, **conv_cfg))
     yield Peer("torchvision_deform", "torchvision", DeformPeer(deform, deform_conv2d))
     if config.device == "cuda" and find_spec("deformops"):
         function = import_module("deformops.integrations.torchvision").deform_conv2d
         yield Peer("deformops", "deformops", DeformPeer(deform, function))
-    for name, (kind, conv_cfg) in OURS.items():
+    for name, (kind, own) in OURS.items():
         for backend in backends:
-            yield Peer(name, backend, randomise_predictors(LAYERS[kind].from_conv(conv, backend=backend, **conv_cfg)))
+            layer = LAYERS[kind].from_conv(conv, backend=backend, **conv_cfg, **own)
+            yield Peer(name, backend, randomise_predictors(layer))
 
 
-def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Iterator[Peer]:
+def _dense_peers(config: BenchmarkConfig, channels: int, stride: int, backends: List[str]) -> Peers:
+    torch.manual_seed(0)
+    return _layer_peers(config, nn.Conv2d(channels, channels, 3, stride, 1), {}, backends)
+
+
+def _depthwise_peers(config: BenchmarkConfig, channels: int, backends: List[str]) -> Peers:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+    return _layer_peers(config, conv, {"metric_groups": channels // 16, "separable_predictor": True}, backends)
+
+
+def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Peers:
     yield Peer("conv2d", "torch", timm.create_model(f"{model}_metric", stem=stem, stages=[]))
     network = timm.create_model(f"{model}_deform", stem=stem, conv_cfg={"backend": "torchvision"})
     yield Peer("torchvision_deform", "torchvision", randomise_predictors(network))
@@ -237,19 +253,29 @@ def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List
     return records
 
 
-def _ready(peers: Iterator[Peer], config: BenchmarkConfig) -> List[Peer]:
+def _ready(peers: Peers, config: BenchmarkConfig) -> List[Peer]:
     moved = {"device": config.device, "dtype": DTYPES[config.dtype], "memory_format": torch.channels_last}
     return [peer._replace(module=peer.module.to(**moved)) for peer in peers]
 
 
-def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...], Callable[[], Iterator[Peer]]]]:
+def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...], Callable[[], Peers]]]:
     if config.what in ("layer", "all"):
         backends = _backends(config, reference=True)
         for channels, size in LAYER_SHAPES:
             for stride in config.stride:
                 shape = (config.batch, channels, size, size)
                 label = f"{config.batch}x{channels}x{size}x{size} stride {stride}"
-                yield "layer", label, shape, partial(_layer_peers, config, channels, stride, backends)
+                yield "layer", label, shape, partial(_dense_peers, config, channels, stride, backends)
+    if config.what in ("depthwise", "all"):
+        backends = _backends(config, reference=False)
+        for channels, size in DEPTHWISE_SHAPES:
+            shape = (config.batch, channels, size, size)
+            yield (
+                "depthwise",
+                f"7x7 depthwise {'x'.join(map(str, shape))}",
+                shape,
+                partial(_depthwise_peers, config, channels, backends),
+            )
     if config.what in ("model", "all"):
         backends = _backends(config, reference=False)
         for model in config.models:
@@ -338,7 +364,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         x = torch.randn(shape, device=config.device, dtype=DTYPES[config.dtype])
         x = x.contiguous(memory_format=torch.channels_last)
         ready = _ready(peers(), config)
-        if what == "layer":
+        if what != "model":
             for peer in ready:
                 check_against_reference(peer, x[:1])
         if config.compile:
