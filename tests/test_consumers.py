@@ -180,7 +180,7 @@ def test_fvcore_counts_the_gather():
         samples = source[0] * source[-2] * source[-1] * weight[2] * weight[3]
         return samples * (4 * image[1] + weight[0] * weight[1])
 
-    layer = MetricConv2d(8, 16, 3, stride=2)
+    layer = MetricConv2d(8, 16, 3, stride=2, backend="gather")
     counter = fvcore.FlopCountAnalysis(layer, torch.randn(2, 8, 12, 10))
     counter.set_op_handle("timm_metricconv::gather_conv2d", gather).unsupported_ops_warnings(False)
     by_operator = counter.by_operator()

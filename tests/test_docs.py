@@ -164,7 +164,7 @@ def check_tables(text, root):
     for file, columns, table in TABLE.findall(text):
         with (root / file).open(newline="") as lines:
             rows = list(csv.DictReader(lines))
-        shown = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
+        shown = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines()[2:]]
         assert len(shown) == len(rows), f"{file} has {len(rows)} rows, the table {len(shown)}"
         for cells, row in zip(shown, rows, strict=True):
             expected = [row[column.strip()] for column in columns.split(",")]
