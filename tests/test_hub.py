@@ -168,7 +168,7 @@ def test_push_to_an_unreachable_hub_is_one_line(run_folder, tmp_path):
         "scripts/push_to_hub.py", "--folder", str(run_folder), "--repo", "tester/birds", HF_TOKEN=WRITER
     )
     last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 1 and last.startswith("error: repo:") and gone.url in last
+    assert result.returncode == 2 and last.startswith("error: repo:") and gone.url in last
     assert "Traceback" not in result.stderr
 
 

@@ -85,7 +85,7 @@ def test_recipes_import_what_an_extra_declares():
 
 
 def test_tests_import_what_their_extra_declares():
-    """[dev] is [test] and what does not go with the lowest versions; Ray is large, and its tests are left out without."""
+    """[dev] is [test] and what does not go with the lowest versions; tests of Ray are left out where it is not."""
     declared = names(requirements()) | names(requirements("dev", "cluster"))
     assert imports(*(ROOT / "tests").glob("*.py")) <= declared
 
