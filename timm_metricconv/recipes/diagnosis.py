@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..geometry import fit_randers
+from ..geometry import anisotropy, asymmetry, fit_randers
 from ..layers import BallConv2d, MetricConv2d
 
 # Pixels a side of a feature map that the fit of implicit metrics looks at.
@@ -51,14 +51,10 @@ def _outside(layer: BallConv2d, x: Tensor, positions: Tensor) -> float:
 
 
 def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
-    """Anisotropy sqrt(λ_max / λ_min) of M and asymmetry ‖ω‖_{M⁻¹}, over images, pixels and metric groups."""
+    """Anisotropy and asymmetry over images, pixels and metric groups."""
     metric, omega = (tensor.double() for tensor in layer.metric(x))
-    (a, b), (_, d) = (row.unbind(-3) for row in metric.unbind(-4))
-    wx, wy = omega.unbind(-3)
-    mean, half = (a + d) / 2, torch.hypot((a - d) / 2, b)
-    largest, smallest = mean + half, (mean - half).clamp(min=1e-12)
-    norm = ((d * wx * wx - 2 * b * wx * wy + a * wy * wy) / (largest * smallest)).sqrt()
-    return {**_summarise("anisotropy", (largest / smallest).sqrt()), **_summarise("asymmetry", norm)}
+    metric, omega = metric.movedim((-4, -3), (-2, -1)), omega.movedim(-3, -1)
+    return {**_summarise("anisotropy", anisotropy(metric)), **_summarise("asymmetry", asymmetry(metric, omega))}
 
 
 def _residual(points: Tensor, positions: Tensor) -> Dict[str, float]:
