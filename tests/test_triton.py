@@ -22,7 +22,7 @@ def test_parity():
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     root = Path(__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join((str(root), environment.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "triton_parity.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "triton_parity.py"]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

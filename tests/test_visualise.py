@@ -21,7 +21,7 @@ def test_an_untrained_network_with_metric_groups(tmp_path, capsys):
         [path.read_bytes() for path in visualise(VisualiseConfig(output=str(tmp_path / folder), **arguments))]
         for folder in ("once", "again")
     )
-    assert once == again and len(once) == 4
+    assert once == again and len(once) == 5
     assert "plain pattern" not in capsys.readouterr().out
 
 
