@@ -4,8 +4,8 @@ The kernels work in registers of sixteen numbers: sixteen output pixels while th
 channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up its
 samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
 
-The threads are as many as torch's, and live no longer than a call: neither a fork nor a second caller can meet them.
-Each owns what it writes, so nothing is added in a changing order.
+Depthwise layers are shared out among as many threads as torch has, which live no longer than a call: neither a fork nor
+a second caller can meet them. Each owns what it writes, so nothing is added in a changing order.
 """
 
 import math
@@ -593,7 +593,7 @@ def _inputs(arguments: Arguments) -> _Inputs:
 
 
 class _Threads(ThreadPoolExecutor):
-    """As many threads as torch has; they start when there is work."""
+    """As many threads as torch has; they start when there is work for more than one."""
 
     def __init__(self):
         self.number = torch.get_num_threads()
@@ -608,12 +608,18 @@ class _Threads(ThreadPoolExecutor):
             list(self.map(lambda piece: kernel(piece.start, piece.stop, *arguments), pieces))
 
 
-def _in_double(arguments: Arguments) -> bool:
-    return torch.float64 in (arguments.x.dtype, arguments.source.dtype)
-
-
 def _is_depthwise(arguments: Arguments) -> bool:
     return arguments.weight.shape[:2] == (arguments.groups, 1)
+
+
+def _for_gather(arguments: Arguments) -> bool:
+    """float64; and layers with columns where torch has several threads.
+
+    After each product those wait busily for the next, and keep threads of ours from their cores: on two cores a layer
+    of 64 channels took half as long again. `gather` makes the columns with torch's own.
+    """
+    in_double = torch.float64 in (arguments.x.dtype, arguments.source.dtype)
+    return in_double or not (_is_depthwise(arguments) or torch.get_num_threads() == 1)
 
 
 def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
@@ -625,7 +631,7 @@ def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
 
 
 def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    if _in_double(arguments):
+    if _for_gather(arguments):
         return gather._forward(arguments, bias)
     x, source, weight = arguments[:3]
     (batch, *_, height, width), out_channels = source.shape, len(weight)
@@ -671,7 +677,7 @@ def _gradients(
     arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    if _in_double(arguments):
+    if _for_gather(arguments):
         return gather._gradients(arguments, grad, need_x, need_source, need_weight)
     (x, source, weight, mask), runs, inputs = arguments[:4], arguments.runs, _inputs(arguments)
     (batch, *numbers, height, width), depthwise = source.shape, _is_depthwise(arguments)

@@ -57,16 +57,19 @@ class _Metrics:
         self.points, self.eps = points.t().contiguous(), eps
 
     def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each."""
+        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each; v·z = ω·u with ω = A·v, which is one number a pixel."""
+        a, b, d, x, y = fields.unbind(1)
         zx, zy = torch.mm(fields[:, 0:2], self.directions), torch.mm(fields[:, 1:3], self.directions)
-        size = (zx * zx).addcmul_(zy, zy).add_(TINY).sqrt_()
-        finsler = torch.addcmul(size, fields[:, 3:4], zx).addcmul_(fields[:, 4:5], zy)
-        return zx, zy, size, torch.maximum(finsler, FLOOR * size)
+        size = (zx * zx).addcmul_(zy, zy).sqrt_()
+        finsler = torch.addmm(size, torch.stack((a * x + b * y, b * x + d * y), 1), self.directions)
+        if (x * x + y * y).max() > (1 - 2 * FLOOR) ** 2:  # elsewhere the floor is idle
+            finsler = torch.maximum(finsler, FLOOR * size)
+        return zx, zy, size, finsler
 
     def offsets(self, lines: slice) -> Tuple[Tensor, Tensor]:
         """As `_Positions.offsets`."""
         fields = self.values[lines]
-        stretch = (self._finsler(fields.reshape(-1, 5))[3] + self.eps).reciprocal_()
+        stretch = self._finsler(fields.reshape(-1, 5))[3].add_(self.eps).reciprocal_()
         shape = *fields.shape[:2], -1
         return (stretch * self.points[0]).view(shape), (stretch * self.points[1]).view(shape)
 
@@ -77,7 +80,10 @@ class _Metrics:
         grad_finsler = grad_x.view_as(finsler) * self.points[0]
         grad_finsler.addcmul_(grad_y.view_as(finsler), self.points[1]).div_((finsler + self.eps).square_().neg_())
         at_floor = finsler <= FLOOR * size
-        grad_size, grad_lean = torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size, grad_finsler
+        grad_size, grad_lean = (
+            torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size.clamp(min=TINY**0.5),
+            grad_finsler,
+        )
         if at_floor.any():
             grad_lean = grad_finsler.masked_fill(at_floor, 0)
         to_a, to_b = _matmul((grad_size * zx).addcmul_(grad_lean, fields[:, 3:4]), self.directions).unbind(1)
