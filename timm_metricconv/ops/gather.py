@@ -57,7 +57,7 @@ class _Metrics:
         self.points, self.eps = points.t().contiguous(), eps
 
     def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each; v·z = ω·u with ω = A·v, which is one number a pixel."""
+        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each; v·z = ω·u with ω = A·v."""
         a, b, d, x, y = fields.unbind(1)
         zx, zy = torch.mm(fields[:, 0:2], self.directions), torch.mm(fields[:, 1:3], self.directions)
         size = (zx * zx).addcmul_(zy, zy).sqrt_()
