@@ -8,7 +8,7 @@ import torch
 from . import __version__
 from .ops import BACKENDS
 
-PACKAGES = ("torch", "torchvision", "timm", "triton", "safetensors", "huggingface_hub", "accelerate")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numba", "safetensors", "huggingface_hub", "accelerate")
 
 
 def _version(package: str) -> str:
