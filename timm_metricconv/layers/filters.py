@@ -185,7 +185,7 @@ class MetricFilter2d(_Filter):
     def metric(self, x: Tensor) -> Metric:
         """The metrics in whitened form, components `[B, H, W]`."""
         raw = self.predictor(x) if self.predictor is not None else self.raw.expand(x.shape[0], -1, -1, -1)
-        raw = raw.float().movedim(1, -1) if raw.dtype != torch.float64 else raw.movedim(1, -1)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)).movedim(1, -1)
         root = PARAMETRIZATIONS[self.parametrization].function(raw[..., :-2], (0.1, 1.5))
         return Metric(root.a, root.b, root.d, *DRIFTS[self.drift](raw[..., -2:], root, self.eps_omega))
 

@@ -27,6 +27,7 @@ from ..geometry.metrics import FLOOR, TINY
 from . import gather
 from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import first_centre
+from .samples import directions_of
 
 # Numbers to read of which a thread has enough to do: some 0.2 ms, where to start one takes 0.05.
 THREAD_NUMBERS = 2**19
@@ -567,9 +568,6 @@ def _inputs(arguments: Arguments) -> _Inputs:
     source_values, source_strides = _planes(source)
     mask_values, mask_strides = (np.empty(0, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
     points = torch.zeros(taps, 2) if arguments.points is None else arguments.points.detach().float()
-    radii = torch.linalg.vector_norm(points, dim=1, keepdim=True)
-    # any direction serves for a point at the origin
-    directions = torch.where(radii > 0, points / radii, torch.tensor([1.0, 0.0]))
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
     lattice = _Lattice(
         height=x.shape[1],
@@ -589,7 +587,7 @@ def _inputs(arguments: Arguments) -> _Inputs:
         source_strides=source_strides,
         mask_strides=mask_strides,
     )
-    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions), 1)))
+    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions_of(points)), 1)))
 
 
 class _Threads(ThreadPoolExecutor):

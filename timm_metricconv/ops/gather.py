@@ -21,6 +21,7 @@ from torch import Tensor
 from ..geometry.metrics import FLOOR, TINY
 from .custom_op import Arguments, define, kernel_format, with_far_corners
 from .reference import first_centre
+from .samples import directions_of
 
 # Columns in memory at a time: they fit a core's share of the last-level cache.
 SLAB_BYTES = 3 * 2**20
@@ -51,9 +52,7 @@ class _Metrics:
 
     def __init__(self, fields: Tensor, points: Tensor, eps: float):
         self.values = fields.permute(0, 2, 3, 1).flatten(0, 1)  # [L, W_out, G·5]
-        radii = torch.linalg.vector_norm(points, dim=1, keepdim=True)
-        # any direction serves for a point at the origin
-        self.directions = torch.where(radii > 0, points / radii, points.new_tensor([1.0, 0.0])).t().contiguous()
+        self.directions = directions_of(points).t().contiguous()
         self.points, self.eps = points.t().contiguous(), eps
 
     def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,6 +25,14 @@ class Samples(NamedTuple):
     eps: float
 
 
+def directions_of(points: Tensor) -> Tensor:
+    """û of points `[..., 2]`; any direction serves for a point at the origin."""
+    radii = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    any_direction = torch.eye(2, dtype=points.dtype, device=points.device)[0]
+    # no 0 / 0, which ONNX' constant folding warns of
+    return torch.where(radii > 0, points / radii.clamp(min=1e-30), any_direction)
+
+
 def place(samples: Union[Tensor, Samples]) -> Tensor:
     """Positions `[B, G·K, 2, H_out, W_out]` of samples; positions are returned as they are."""
     if isinstance(samples, Tensor):
@@ -32,12 +40,7 @@ def place(samples: Union[Tensor, Samples]) -> Tensor:
     fields = samples.fields.unflatten(1, [-1, 5]).permute(0, 3, 4, 1, 2)
     metric = Metric(fields[..., 0], fields[..., 1], fields[..., 2], fields[..., 3], fields[..., 4])
     points = samples.points if samples.points.dim() == 3 else samples.points[None]
-    rays = points[-1]
-    radii = torch.linalg.vector_norm(rays, dim=-1, keepdim=True)
-    # any direction serves for a point at the origin; no 0 / 0, which ONNX' constant folding warns of
-    any_direction = torch.eye(2, dtype=rays.dtype, device=rays.device)[0]
-    directions = torch.where(radii > 0, rays / radii.clamp(min=1e-30), any_direction)
-    stretch = (randers(directions, metric) + samples.eps).reciprocal()[:, :, :, :, None]
+    stretch = (randers(directions_of(points[-1]), metric) + samples.eps).reciprocal()[:, :, :, :, None]
     # a plane for x and one for y: a trailing dimension of 2 would be slow
     planes = torch.stack((stretch * points[..., 0], stretch * points[..., 1]))
     return planes.flatten(4).permute(1, 4, 0, 2, 3)
