@@ -593,6 +593,17 @@ def test_metrics_opcheck():
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@backends
+def test_a_metric_that_is_no_number_stays_in_its_image(backend):
+    """The other image's drift leaves the law, so its floor must hold whatever the neighbour holds."""
+    leaves, arguments, fused, _ = metric_problem(drift=3.0, dtype=torch.float32)
+    leaves.pop("mask")
+    expected = fused(**leaves, **arguments, mask=None, backend=backend)
+    leaves["fields"][0, :, 2, 1] = math.nan
+    out = fused(**leaves, **arguments, mask=None, backend=backend)
+    torch.testing.assert_close(out[1], expected[1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,7 +61,8 @@ class _Metrics:
         zx, zy = torch.mm(fields[:, 0:2], self.directions), torch.mm(fields[:, 1:3], self.directions)
         size = (zx * zx).addcmul_(zy, zy).sqrt_()
         finsler = torch.addmm(size, torch.stack((a * x + b * y, b * x + d * y), 1), self.directions)
-        if (x * x + y * y).max() > (1 - 2 * FLOOR) ** 2:  # elsewhere the floor is idle
+        # Below this bound the floor is idle; of NaN nothing is known, and other images may need it.
+        if not (x * x + y * y).max() <= (1 - 2 * FLOOR) ** 2:
             finsler = torch.maximum(finsler, FLOOR * size)
         return zx, zy, size, finsler
 
