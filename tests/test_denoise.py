@@ -196,7 +196,8 @@ def test_memory_does_not_grow_with_the_kernel(kind):
     """Forward and backward on 256×256: far below 1 GB at the first size, and no more at the second."""
     done = subprocess.run([sys.executable, "-c", MEMORY, kind, "9", "19"], capture_output=True, text=True, check=True)
     first, more = map(float, done.stdout.split())
-    assert first < 300 and more < 100, (first, more)
+    # Without slices the second one takes 900 (deform) and 420 (metric); what the allocator keeps varies by tens.
+    assert first < 300 and more < 200, (first, more)
 
 
 # ---------------------------------------------------------------- the recipe
