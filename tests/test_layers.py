@@ -20,6 +20,7 @@ VARIANTS |= {f"{name}, modulated": (layer, {"modulated": True}) for name, layer 
 VARIANTS |= {f"{name}, separable": (LAYERS[name], {"separable_predictor": True}) for name in ("metric", "deform")}
 VARIANTS |= {"metric, unbounded": (MetricConv2d, {"modulated": "unbounded"})}
 VARIANTS |= {"paper's metric": (MetricConv2d, PAPERS), "Riemannian": (MetricConv2d, {"eps_omega": 1.0})}
+VARIANTS |= {f"{name}, bounded": (LAYERS[name], {"max_offset": 1.5}) for name in ("deform", "shifted")}
 VARIANTS |= {"geodesic": (MetricConv2d, {"ball": "geodesic"})}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -569,6 +570,25 @@ def test_active_has_one_set_of_offsets():
     positions = layer.positions(torch.randn(2, 4, 6, 5))
     expected = (layer.points[0] + layer.offset)[None, :, :, None, None].expand_as(positions)
     assert torch.equal(positions, expected) and layer.predictor is None
+
+
+@pytest.mark.parametrize("kind", [DeformConv2d, ShiftedConv2d])
+def test_max_offset(kind):
+    """No offset is longer in x or y, however large the raw channels; small ones are what they were."""
+    x, wild = torch.randn(1, 4, 6, 5), bend(kind(4, 6, 3, max_offset=1.5, metric_groups=2), 1e4)
+    lattice = wild.points[0].repeat(2, 1)[None, :, :, None, None]
+    offsets = (wild.positions(x) - lattice).abs()
+    assert 1.49 < offsets.max() <= 1.5 + 1e-5
+    assert wild.positions(x).unflatten(1, (2, 9)).norm(dim=3).max() <= wild.max_radius + 1e-5
+    free = bend(kind(4, 6, 3, metric_groups=2), 1e-2)
+    wild.load_state_dict(free.state_dict())
+    torch.testing.assert_close(wild.positions(x) - lattice, free.positions(x) - lattice, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "far"])
+def test_max_offset_that_is_no_distance_is_refused(value):
+    with pytest.raises(ValueError, match=r"max_offset=.*: expected a positive number"):
+        DeformConv2d(4, 6, 3, max_offset=value)
 
 
 def test_affine_maps_the_lattice():

@@ -220,6 +220,15 @@ def test_parameter_groups():
         assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
 
 
+def test_predictors_have_a_weight_decay_of_their_own():
+    model = timm.create_model("test_resnet_metric")
+    by_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in parameter_groups(model, weight_decay=0.3, predictor_weight_decay=0.0):
+        for parameter in group["params"]:
+            decayed = parameter.ndim > 1 and not is_predictor(by_name[id(parameter)])
+            assert group["weight_decay"] == (0.3 if decayed else 0.0)
+
+
 @pytest.mark.parametrize("sched", ["cosine", "step", "poly"])
 @pytest.mark.parametrize("predictor_lr", [0.0, 0.1, 3.0])
 def test_predictors_move_at_their_rate(sched, predictor_lr):

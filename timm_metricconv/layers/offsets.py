@@ -1,49 +1,85 @@
 """The rivals, whose samples are the lattice plus offsets: deformable, shifted, active and affine convolution."""
 
+import math
+from typing import Optional
+
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..geometry import PATTERNS
 from .ball_conv import BallConv2d
 
 
+class _PredictedOffsets(BallConv2d):
+    """The lattice plus predicted offsets: `offsets` of them, one for each tap or one for all."""
+
+    def __init__(self, *args, max_offset: Optional[float] = None, **kwargs):
+        number = isinstance(max_offset, (int, float)) and not isinstance(max_offset, bool)
+        if max_offset is not None and not (number and 0 < max_offset < math.inf):
+            raise ValueError(f"max_offset={max_offset!r}: expected a positive number of pixels, or None for no bound.")
+        self.max_offset = None if max_offset is None else float(max_offset)
+        super().__init__(*args, **kwargs)
+        if self.max_offset is not None:
+            # each coordinate is bounded, so the farthest offset points into a corner
+            farthest = PATTERNS[self.pattern](self.kernel_size[0], self.dilation).norm(dim=-1).max()
+            self.max_radius = float(farthest) + math.sqrt(2) * self.max_offset
+
+    @property
+    def offsets(self) -> int:
+        """Offsets of one metric group."""
+        raise NotImplementedError
+
+    @property
+    def predicted(self) -> int:
+        """(dy, dx) of each offset."""
+        return 2 * self.offsets
+
+    def samples(self, raw: Tensor) -> Tensor:
+        """The lattice plus the offsets."""
+        count = self.offsets
+        offsets = raw[:, : 2 * self.metric_groups * count].permute(0, 2, 3, 1)
+        offsets = offsets.unflatten(-1, [self.metric_groups, count, 2]).flip(-1)
+        if self.max_offset is not None:
+            offsets = self.max_offset * torch.tanh(offsets / self.max_offset)
+        return (offsets + self.points[0]).flatten(3, 4).permute(0, 3, 4, 1, 2)
+
+    def extra_repr(self) -> str:
+        own = "" if self.max_offset is None else f", max_offset={self.max_offset}"
+        return super().extra_repr() + own
+
+
 @register_notrace_module
-class DeformConv2d(BallConv2d):
+class DeformConv2d(_PredictedOffsets):
     """Deformable convolution (Dai et al., ICCV 2017; with `modulated` DCNv2, Zhu et al., CVPR 2019).
 
     The predictor gives 2K channels for each metric group (torchvision's offset group) in torchvision's order, (dy, dx)
-    for each tap, and with `modulated` K more for each. The arguments are those of `BallConv2d`.
+    for each tap, and with `modulated` K more for each. The arguments are those of `BallConv2d`, and:
+
+    Args:
+        max_offset: Bound in pixels on |dx| and |dy|, b·tanh(raw / b); None, as in the literature, for none.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
     """
 
     @property
-    def predicted(self) -> int:
-        """(dy, dx) of K taps."""
-        return 2 * self.kernel_size[0] * self.kernel_size[1]
-
-    def samples(self, raw: Tensor) -> Tensor:
-        """The lattice plus K offsets."""
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        offsets = raw[:, : 2 * self.metric_groups * taps].permute(0, 2, 3, 1)
-        positions = offsets.unflatten(-1, [self.metric_groups, taps, 2]).flip(-1) + self.points[0]
-        return positions.flatten(3, 4).permute(0, 3, 4, 1, 2)
+    def offsets(self) -> int:
+        """One for each of K taps."""
+        return self.kernel_size[0] * self.kernel_size[1]
 
 
 @register_notrace_module
-class ShiftedConv2d(BallConv2d):
+class ShiftedConv2d(_PredictedOffsets):
     """Shifted ("entire deformable") convolution: the lattice plus one offset, predicted as (dy, dx).
 
-    The arguments are those of `BallConv2d`.
+    The arguments are those of `DeformConv2d`.
     """
 
     @property
-    def predicted(self) -> int:
-        """(dy, dx)."""
-        return 2
-
-    def samples(self, raw: Tensor) -> Tensor:
-        """The lattice plus one offset."""
-        offset = raw[:, : 2 * self.metric_groups].permute(0, 2, 3, 1).unflatten(-1, [self.metric_groups, 1, 2])
-        return (offset.flip(-1) + self.points[0]).flatten(3, 4).permute(0, 3, 4, 1, 2)
+    def offsets(self) -> int:
+        """One for all taps."""
+        return 1
 
 
 @register_notrace_module

@@ -157,7 +157,12 @@ def predictor_regulariser(model: nn.Module) -> Tensor:
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, predictor_lr: float = 1.0, decay_all: bool = False
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    predictor_lr: float = 1.0,
+    predictor_weight_decay: Optional[float] = None,
+    decay_all: bool = False,
 ) -> List[Dict[str, Any]]:
     """Parameters by (predictor or not) × (decayed or not).
 
@@ -167,6 +172,7 @@ def parameter_groups(
         model: The network; parameters without gradient are in no group.
         weight_decay: Of weights.
         predictor_lr: Factor on the predictors' learning rate.
+        predictor_weight_decay: Of the predictors' weights; by default `weight_decay`.
         decay_all: Decay biases and norms too.
     """
     groups: Dict[Tuple[bool, bool], List[nn.Parameter]] = {}
@@ -174,10 +180,11 @@ def parameter_groups(
         if parameter.requires_grad:
             decayed = decay_all or parameter.ndim > 1
             groups.setdefault((is_predictor(name), decayed), []).append(parameter)
+    decay = {False: weight_decay, True: weight_decay if predictor_weight_decay is None else predictor_weight_decay}
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if decayed else 0.0,
+            "weight_decay": decay[predictor] if decayed else 0.0,
             "lr_scale": predictor_lr if predictor else 1.0,
         }
         for (predictor, decayed), parameters in groups.items()

@@ -66,6 +66,7 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     predictor_lr: NonNegativeFloat = option(0.1, "factor on the predictors' learning rate (DCN practice)")
     predictor_regulariser: NonNegativeFloat = option(0.0, "weight of the mean |parameter| of the predictors")
     weight_decay: NonNegativeFloat = option(1e-4, "weight decay")
+    predictor_weight_decay: Optional[NonNegativeFloat] = option(None, "of the predictors; by default weight_decay")
     decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
     sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
     warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up")
@@ -84,7 +85,11 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
     """The optimiser, and the schedule that sets its learning rates at the beginning of each epoch."""
     groups = parameter_groups(
-        model, weight_decay=config.weight_decay, predictor_lr=config.predictor_lr, decay_all=config.decay_all
+        model,
+        weight_decay=config.weight_decay,
+        predictor_lr=config.predictor_lr,
+        predictor_weight_decay=config.predictor_weight_decay,
+        decay_all=config.decay_all,
     )
     optimiser = create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
     try:
