@@ -72,10 +72,10 @@ def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, ti
     squash = 0.5 * (1 + (q * q + r * r) / (bound * bound)).rsqrt()
     q, r = q * squash, r * squash
     n = (q * q + r * r + tiny).sqrt()
-    size, growth = p.exp(), n.expm1()
-    # the hyperbolic sine through expm1: as exact, and torch's own is not vectorised
-    sinh = 0.5 * (growth + growth / (growth + 1))
-    mean, slope = size * (1 + growth - sinh), size * sinh / n
+    # sinh and cosh by the tangent of the half: as exact as torch's own, which are not vectorised
+    size, half = p.exp(), (0.5 * n).tanh()
+    growth = size / (1 - half * half)
+    mean, slope = growth * (1 + half * half), 2 * growth * half / n
     return Root(mean + slope * q, slope * r, mean - slope * q, size * size)
 
 

@@ -11,7 +11,8 @@ a second caller can meet them. Each owns what it writes, so nothing is added in 
 import math
 import operator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple, Optional, Tuple
+from functools import lru_cache
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
@@ -231,7 +232,9 @@ class _Inputs(NamedTuple):
     x: np.ndarray  # [B, height, width, channels]
     source: np.ndarray
     mask: np.ndarray
-    points: np.ndarray  # [K, 4], the pattern's points and their directions
+    points: np.ndarray  # [K, 2] the pattern's points
+    rays: np.ndarray  # [R, 2] their directions; of two opposite ones the first
+    ray_of: np.ndarray  # [K] a point's ray r as 2r, or as 2r + 1 where it lies on the opposite side
 
 
 class _Plan(NamedTuple):
@@ -241,6 +244,7 @@ class _Plan(NamedTuple):
     """
 
     fields: np.ndarray  # [5, 16] the metrics
+    stretches: np.ndarray  # [R, 2, 16] 1 / (F + ε) along the rays and against them
     centres: np.ndarray  # [2, 16] (x, y)
     corners: np.ndarray  # [K, 16] int32, the pixel at the first corner
     shares: np.ndarray  # [K, 4, 16] the corners' bilinear weights
@@ -250,9 +254,11 @@ class _Plan(NamedTuple):
 
 
 @_inlined
-def _empty_plan(taps):
+def _empty_plan(inputs):
+    taps = inputs.lattice.taps
     return _Plan(
         np.empty(5 * LANES, np.float32),
+        np.empty(len(inputs.rays) * LANES, np.float32),
         np.empty(2 * LANES, np.float32),
         np.empty(taps * LANES, np.int32),
         np.empty(taps * 4 * LANES, np.float32),
@@ -264,12 +270,11 @@ def _empty_plan(taps):
 
 @_inlined
 def _randers(plan, ux, uy):
-    """z = A·u, ‖z‖ and F(u) = ‖z‖ + v·z of sixteen metrics, as `geometry.randers`."""
+    """z = A·u, ‖z‖ and v·z of sixteen metrics: F(±u) = ‖z‖ ± v·z, as in `geometry.randers`."""
     a, b, d = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 2 * LANES)
     zx, zy = a * ux + b * uy, b * ux + d * uy
-    norm = math.sqrt(zx * zx + zy * zy + TINY)
-    finsler = norm + load(plan.fields, 3 * LANES) * zx + load(plan.fields, 4 * LANES) * zy
-    return zx, zy, norm, larger(finsler, norm * FLOOR)
+    drift = load(plan.fields, 3 * LANES) * zx + load(plan.fields, 4 * LANES) * zy
+    return zx, zy, math.sqrt(zx * zx + zy * zy + TINY), drift
 
 
 @_inlined
@@ -299,11 +304,11 @@ def _hat_slopes(distance):
 
 
 @_inlined
-def _store_products(array, at, y0, y1, x0, x1):
-    store(array, at, y0 * x0)
-    store(array, at + LANES, y0 * x1)
-    store(array, at + 2 * LANES, y1 * x0)
-    store(array, at + 3 * LANES, y1 * x1)
+def _store_four(array, at, a, b, c, d):
+    store(array, at, a)
+    store(array, at + LANES, b)
+    store(array, at + 2 * LANES, c)
+    store(array, at + 3 * LANES, d)
 
 
 @_compiled
@@ -312,29 +317,39 @@ def _fill_plan(plan, inputs, first, last, group, for_gradients):
 
     The mask goes into the shares, or, `for_gradients`, where the slopes are wanted too, stays beside them.
     """
-    lattice, points = inputs.lattice, inputs.points
+    lattice, points, rays = inputs.lattice, inputs.points, inputs.rays
     source_at, mask_at = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    image = first // lattice.out_pixels
+    pixel = first - image * lattice.out_pixels
+    row = pixel // lattice.out_width
+    column = pixel - row * lattice.out_width
     for i in range(LANES):
-        pixel = min(first + i, last - 1)
-        image = pixel // lattice.out_pixels
-        pixel -= image * lattice.out_pixels
-        row = pixel // lattice.out_width
-        plan.centres[i] = lattice.left + lattice.stride_x * (pixel - row * lattice.out_width)
+        plan.centres[i] = lattice.left + lattice.stride_x * column
         plan.centres[LANES + i] = lattice.top + lattice.stride_y * row
         source_at[i] = image * lattice.source_strides[0] + pixel * lattice.source_strides[2]
         mask_at[i] = image * lattice.mask_strides[0] + pixel * lattice.mask_strides[2]
+        if first + i + 1 < last:  # a division for each pixel would cost as much as some of its samples
+            pixel, column = pixel + 1, column + 1
+            if column == lattice.out_width:
+                row, column = row + 1, 0
+            if pixel == lattice.out_pixels:
+                image, pixel, row = image + 1, 0, 0
     if lattice.from_metric:
         for field in range(5):
             number = (group * 5 + field) * lattice.source_strides[1]
             for i in range(LANES):
                 plan.fields[field * LANES + i] = inputs.source[source_at[i] + number]
+        for ray in range(0, len(rays), 2):
+            _, _, norm, drift = _randers(plan, rays[ray], rays[ray + 1])
+            store(plan.stretches, ray * LANES, 1 / (larger(norm + drift, norm * FLOOR) + lattice.eps))
+            store(plan.stretches, (ray + 1) * LANES, 1 / (larger(norm - drift, norm * FLOOR) + lattice.eps))
 
     centre_x, centre_y = load(plan.centres, 0), load(plan.centres, LANES)
     offsets = np.empty(2 * LANES, np.float32)
     for tap in range(lattice.taps):
-        px, py = points[4 * tap], points[4 * tap + 1]
+        px, py = points[2 * tap], points[2 * tap + 1]
         if lattice.from_metric:
-            stretch = 1 / (_randers(plan, points[4 * tap + 2], points[4 * tap + 3])[3] + lattice.eps)
+            stretch = load(plan.stretches, inputs.ray_of[tap] * LANES)
             offset_x, offset_y = stretch * px, stretch * py
         else:
             number = 2 * (group * lattice.taps + tap) * lattice.source_strides[1]
@@ -353,13 +368,13 @@ def _fill_plan(plan, inputs, first, last, group, for_gradients):
         at = tap * 4 * LANES
         if not for_gradients:
             mask = load(plan.masks, tap * LANES)
-            _store_products(plan.shares, at, mask * y0, mask * y1, x0, x1)
-        else:
-            _store_products(plan.shares, at, y0, y1, x0, x1)
-            near, far = _hat_slopes(right)
-            _store_products(plan.slopes, at, y0, y1, near, far)
-            near, far = _hat_slopes(down)
-            _store_products(plan.slopes_y, at, near, far, x0, x1)
+            y0, y1 = mask * y0, mask * y1
+        _store_four(plan.shares, at, y0 * x0, y0 * x1, y1 * x0, y1 * x1)
+        if for_gradients:
+            near_x, far_x = _hat_slopes(right)
+            near_y, far_y = _hat_slopes(down)
+            _store_four(plan.slopes, at, y0 * near_x, y0 * far_x, y1 * near_x, y1 * far_x)
+            _store_four(plan.slopes_y, at, near_y * x0, near_y * x1, far_y * x0, far_y * x1)
             if lattice.from_metric:
                 for corner in range(at, at + 4 * LANES, LANES):
                     along = px * load(plan.slopes, corner) + py * load(plan.slopes_y, corner)
@@ -367,19 +382,23 @@ def _fill_plan(plan, inputs, first, last, group, for_gradients):
 
 
 @_compiled
-def _through_metric(plan, inputs, grad_stretch):
-    """Gradients of sixteen pixels' stretches 1 / (F + ε), [K, 16] → of their metrics, in the place of `plan.fields`."""
+def _through_metric(plan, inputs, grad_stretches):
+    """Gradients of sixteen pixels' stretches, [R, 2, 16] → of their metrics, in the place of `plan.fields`."""
     vx, vy = load(plan.fields, 3 * LANES), load(plan.fields, 4 * LANES)
     grad_a = grad_b = grad_d = grad_vx = grad_vy = nothing = vx - vx
-    for tap in range(inputs.lattice.taps):
-        ux, uy = inputs.points[4 * tap + 2], inputs.points[4 * tap + 3]
-        zx, zy, norm, finsler = _randers(plan, ux, uy)
-        stretch = 1 / (finsler + inputs.lattice.eps)
-        grad = nothing - load(grad_stretch, tap * LANES) * stretch * stretch
-        # where F is kept at its floor only ‖z‖ counts
-        floor = norm * FLOOR
-        by_drift = where_larger(finsler, floor, grad, nothing)
-        by_norm = where_larger(finsler, floor, grad, grad * FLOOR) / norm
+    for ray in range(0, len(inputs.rays), 2):
+        ux, uy = inputs.rays[ray], inputs.rays[ray + 1]
+        zx, zy, norm, drift = _randers(plan, ux, uy)
+        by_norm = by_drift = nothing
+        for side in range(2):
+            stretch = load(plan.stretches, (ray + side) * LANES)
+            grad = nothing - load(grad_stretches, (ray + side) * LANES) * stretch * stretch
+            # where F is kept at its floor only ‖z‖ counts
+            sign, floor = 1 - 2 * side, norm * FLOOR
+            finsler = norm + sign * drift
+            by_norm = by_norm + where_larger(finsler, floor, grad, grad * FLOOR)
+            by_drift = by_drift + where_larger(finsler, floor, sign * grad, nothing)
+        by_norm = by_norm / norm
         grad_zx, grad_zy = by_norm * zx + by_drift * vx, by_norm * zy + by_drift * vy
         grad_a, grad_b, grad_d = grad_a + grad_zx * ux, grad_b + grad_zx * uy + grad_zy * ux, grad_d + grad_zy * uy
         grad_vx, grad_vy = grad_vx + by_drift * zx, grad_vy + by_drift * zy
@@ -394,17 +413,27 @@ def _through_metric(plan, inputs, grad_stretch):
 
 
 @_inlined
-def _mean(x, at, below, right, shares, sample):
-    """A sample's four corners, weighed by its shares or by its slopes, for the channels from `at` on."""
-    upper = spread(shares, sample) * load(x, at) + spread(shares, sample + LANES) * load(x, at + right)
-    sample += 2 * LANES
-    return upper + spread(shares, sample) * load(x, below) + spread(shares, sample + LANES) * load(x, below + right)
+def _corners(x, at, below, right):
+    """A sample's four corners, for the channels from `at` on."""
+    return load(x, at), load(x, at + right), load(x, below), load(x, below + right)
+
+
+@_inlined
+def _four(array, tap, pixel):
+    """The numbers of a sample's four corners, each sixteen times."""
+    at = tap * 4 * LANES + pixel
+    return spread(array, at), spread(array, at + LANES), spread(array, at + 2 * LANES), spread(array, at + 3 * LANES)
+
+
+@_inlined
+def _weighed(corners, shares):
+    return shares[0] * corners[0] + shares[1] * corners[1] + (shares[2] * corners[2] + shares[3] * corners[3])
 
 
 @_compiled
 def _depthwise(first, last, inputs, weight, bias, out):
     """The output pixels from `first` to `last` of a depthwise layer, its kernel [K, channels]."""
-    lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
+    lattice, plan = inputs.lattice, _empty_plan(inputs)
     channels, taps = lattice.channels, lattice.taps
     run, line = channels // lattice.runs, lattice.width * channels
     for chunk in range(first, last, LANES):
@@ -416,7 +445,8 @@ def _depthwise(first, last, inputs, weight, bias, out):
                     added = load(bias, c)
                     for tap in range(taps):
                         at = image + plan.corners[tap * LANES + i] * channels + c
-                        value = _mean(inputs.x, at, at + line, channels, plan.shares, tap * 4 * LANES + i)
+                        shares = _four(plan.shares, tap, i)
+                        value = _weighed(_corners(inputs.x, at, at + line, channels), shares)
                         added = added + value * load(weight, tap * channels + c)
                     store(out, (chunk + i) * channels + c, added)
 
@@ -424,7 +454,7 @@ def _depthwise(first, last, inputs, weight, bias, out):
 @_compiled
 def _columns(first, last, inputs, columns, origin):
     """The columns [n, G, K, channels / G] of the output pixels from `first` to `last`, counted from `origin` on."""
-    lattice, plan = inputs.lattice, _empty_plan(inputs.lattice.taps)
+    lattice, plan = inputs.lattice, _empty_plan(inputs)
     channels, taps = lattice.channels, lattice.taps
     run, line = channels // lattice.runs, lattice.width * channels
     for chunk in range(first, last, LANES):
@@ -435,10 +465,10 @@ def _columns(first, last, inputs, columns, origin):
                 for tap in range(taps):
                     corner = image + plan.corners[tap * LANES + i] * channels
                     column = (((chunk + i) * lattice.runs + group) * taps + tap - group) * run
+                    shares = _four(plan.shares, tap, i)
                     for c in range(group * run, group * run + run, LANES):
-                        at = corner + c
-                        value = _mean(inputs.x, at, at + line, channels, plan.shares, tap * 4 * LANES + i)
-                        store(columns, column + c, value)
+                        corners = _corners(inputs.x, corner + c, corner + line + c, channels)
+                        store(columns, column + c, _weighed(corners, shares))
 
 
 class _Results(NamedTuple):
@@ -473,29 +503,32 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
             samples, [images, pixels, G, K, channels / G]; the samples themselves come into its place.
         results: What is added to, or written.
     """
-    lattice, plan, x = inputs.lattice, _empty_plan(inputs.lattice.taps), inputs.x
+    lattice, plan, x = inputs.lattice, _empty_plan(inputs), inputs.x
     channels, taps, groups = lattice.channels, lattice.taps, lattice.runs
     run, line = channels // groups, lattice.width * channels
     need_x, need_source, need_weight = len(results.x) > 0, len(results.source) > 0, len(results.weight) > 0
-    by_stretch = np.zeros(taps * LANES, np.float32)
+    by_stretch = np.empty(len(plan.stretches), np.float32)
     for unit in range(first, last):
         image, group = image_0 + unit // groups, unit % groups
         begin, end = image * lattice.out_pixels + pixel_0, image * lattice.out_pixels + pixel_1
         for chunk in range(begin, end, LANES):
             _fill_plan(plan, inputs, chunk, end, group, True)
             count = min(LANES, end - chunk)
+            by_stretch[:] = 0.0
             for i in range(count):
                 place = (chunk + i) * groups + group
                 column = (image - image_0) * (pixel_1 - pixel_0) + chunk + i - begin
                 column = ((column * groups + group) * taps - group) * run
                 for tap in range(taps):
-                    share = tap * 4 * LANES + i
-                    mask = spread(plan.masks, tap * LANES + i)
+                    sample = tap * LANES + i
+                    mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
+                    slopes, slopes_y = _four(plan.slopes, tap, i), _four(plan.slopes_y, tap, i)
                     slope = slope_y = product = mask - mask
-                    corner = image * lattice.height * line + plan.corners[tap * LANES + i] * channels
+                    corner = image * lattice.height * line + plan.corners[sample] * channels
                     for c in range(group * run, group * run + run, LANES):
                         at, below = corner + c, corner + line + c
-                        value = _mean(x, at, below, channels, plan.shares, share)
+                        corners = _corners(x, at, below, channels)
+                        value = _weighed(corners, shares)
                         if len(weight):
                             grad = load(upstream, (chunk + i) * channels + c)
                             if need_weight:
@@ -505,20 +538,20 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
                             grad = load(upstream, column + tap * run + c)
                             store(upstream, column + tap * run + c, mask * value)
                         if need_source:
-                            slope = slope + grad * _mean(x, at, below, channels, plan.slopes, share)
+                            slope = slope + grad * _weighed(corners, slopes)
                             if not lattice.from_metric:
-                                slope_y = slope_y + grad * _mean(x, at, below, channels, plan.slopes_y, share)
+                                slope_y = slope_y + grad * _weighed(corners, slopes_y)
                             if lattice.masked:
                                 product = product + grad * value
                         if need_x:
                             grad = mask * grad
-                            _add(results.x, at, spread(plan.shares, share) * grad)
-                            _add(results.x, at + channels, spread(plan.shares, share + LANES) * grad)
-                            _add(results.x, below, spread(plan.shares, share + 2 * LANES) * grad)
-                            _add(results.x, below + channels, spread(plan.shares, share + 3 * LANES) * grad)
+                            _add(results.x, at, shares[0] * grad)
+                            _add(results.x, at + channels, shares[1] * grad)
+                            _add(results.x, below, shares[2] * grad)
+                            _add(results.x, below + channels, shares[3] * grad)
                     if need_source:
                         if lattice.from_metric:
-                            by_stretch[tap * LANES + i] = total(mask * slope)
+                            by_stretch[inputs.ray_of[tap] * LANES + i] += total(mask * slope)
                         else:
                             results.source[2 * (place * taps + tap)] = total(mask * slope)
                             results.source[2 * (place * taps + tap) + 1] = total(mask * slope_y)
@@ -561,6 +594,21 @@ def _out_of_runs(t: Tensor, runs: int, channels: int) -> Tensor:
     return t.unflatten(-1, (runs, -1))[..., : channels // runs].flatten(-2)
 
 
+@lru_cache
+def _rays(directions: bytes) -> Tuple[np.ndarray, np.ndarray]:
+    """Directions [K, 2], the bytes of float32 numbers → `rays` and `ray_of` of `_Inputs`."""
+    rays: List[np.ndarray] = []
+    ray_of: List[int] = []
+    for direction in np.frombuffer(directions, np.float32).reshape(-1, 2):
+        # points of one ray differ in the last bit of their directions
+        found = [i for i, ray in enumerate(rays) if abs(direction[0] * ray[1] - direction[1] * ray[0]) < 1e-6]
+        if not found:
+            found = [len(rays)]
+            rays.append(direction)
+        ray_of.append(2 * found[0] + int(direction @ rays[found[0]] < 0))
+    return np.concatenate(rays), np.array(ray_of)
+
+
 def _inputs(arguments: Arguments) -> _Inputs:
     x, source, weight, mask = arguments[:4]
     x = _in_runs(with_far_corners(x.detach()).permute(0, 2, 3, 1).float(), arguments.runs)
@@ -568,6 +616,7 @@ def _inputs(arguments: Arguments) -> _Inputs:
     source_values, source_strides = _planes(source)
     mask_values, mask_strides = (np.empty(0, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
     points = torch.zeros(taps, 2) if arguments.points is None else arguments.points.detach().float()
+    rays, ray_of = _rays(_flat(directions_of(points)).tobytes())
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
     lattice = _Lattice(
         height=x.shape[1],
@@ -587,7 +636,7 @@ def _inputs(arguments: Arguments) -> _Inputs:
         source_strides=source_strides,
         mask_strides=mask_strides,
     )
-    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(torch.cat((points, directions_of(points)), 1)))
+    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(points), rays, ray_of)
 
 
 class _Threads(ThreadPoolExecutor):
