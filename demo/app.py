@@ -6,13 +6,15 @@
 import functools
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio's import: nothing here calls home
 
 import gradio as gr
+import numpy as np
 import timm
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from timm_metricconv import viz
@@ -20,10 +22,6 @@ from timm_metricconv.layers import BallConv2d
 from timm_metricconv.recipes.config import ConfigError, main, option
 from timm_metricconv.recipes.network import create_model
 from timm_metricconv.recipes.visualise import as_input, load_image, to_picture
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 Networks = Dict[str, nn.Module]
 
@@ -100,19 +98,19 @@ def layers_of(networks: Networks) -> List[str]:
     return shared
 
 
-def draw_samples(networks: Networks, image: "np.ndarray", layer: str, point: Sequence[float]) -> "Image":
+def draw_samples(networks: Networks, image: np.ndarray, layer: str, point: Sequence[float]) -> Image:
     """Where each network's layer reads for the output pixel nearest to `point`, (x, y) in the image."""
     views = {label: viz.capture(model, layer, as_input(model, image)) for label, model in networks.items()}
     return to_picture(viz.compare_samples(views, image, point, title=f"what {layer} reads for one pixel"), DPI)
 
 
-def draw_balls(image: "np.ndarray", anisotropy: float, drift: float) -> "Image":
+def draw_balls(image: np.ndarray, anisotropy: float, drift: float) -> Image:
     """Balls of the metric that the image's gradient gives."""
     field = viz.image_field(image, smoothing=3.0, scale=0.03, anisotropy=anisotropy, tau=drift)
     return to_picture(viz.plot_field(field, image, spacing=19).figure, DPI)
 
 
-def draw_grad_cam(networks: Networks, image: "np.ndarray") -> "Image":
+def draw_grad_cam(networks: Networks, image: np.ndarray) -> Image:
     """Grad-CAM of each network."""
     inputs = {label: as_input(model, image) for label, model in networks.items()}
     return to_picture(viz.plot_grad_cam(networks, inputs, image), DPI)
@@ -135,7 +133,7 @@ def build(networks: Networks, note: str = "") -> gr.Blocks:
     """The page, with `note` under its introduction."""
     layers = layers_of(networks)
 
-    def read(file: str) -> Tuple["np.ndarray", Sequence[float]]:
+    def read(file: str) -> Tuple[np.ndarray, Sequence[float]]:
         """The image, and a pixel of its strongest edge to look at first."""
         image = load_image(file, SIDE)
         return image, viz.strong_edges(image, 1)[0]
@@ -151,7 +149,7 @@ def build(networks: Networks, note: str = "") -> gr.Blocks:
         gr.Markdown(note, container=True, visible=bool(note))
         gr.Markdown(SAMPLES)
         with gr.Row():
-            example = gr.Radio(PICTURES, value=PICTURES[0], label="Image", scale=4, elem_id="example")
+            example = gr.Radio(PICTURES, value=PICTURES[0], label=Image, scale=4, elem_id="example")
             upload = gr.UploadButton("Upload your own image", file_types=["image"], scale=1, elem_id="upload")
             layer = gr.Dropdown(layers, label="Layer, from shallow to deep", scale=2, elem_id="layer")
         with gr.Row():
