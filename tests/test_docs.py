@@ -146,30 +146,56 @@ def test_files_and_links_exist(page):
     assert not missing
 
 
-TABLE = re.compile(r"^<!-- (results/\S+\.csv): (.+) -->\n\n?((?:\|.*\n)+)", re.MULTILINE)
+TABLE = re.compile(r"^<!-- (results/\S+\.csv) \| (.+) -->\n\n?((?:\|.*\n)+)", re.MULTILINE)
+VALUE = re.compile(r"{(?:(results/\S+\.csv) )?(\S+?)}")
 
 
-def as_shown(value, cell):
-    """A number of a CSV file with the digits and the sign that a table's cell has; other values as they are."""
+def read_csv(path):
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def as_shown(value, text):
+    """A number of a CSV file with the digits and the sign that a table's text has; other values as they are."""
     try:
         number = float(value)
     except ValueError:
         return value
-    sign = "+" if cell[:1] in ("+", "-") else ""
-    return f"{number:{sign},.{len(cell.partition('.')[2])}f}"
+    sign = "+" if text[:1] in ("+", "-", "−") else ""
+    decimals = re.fullmatch(r"\D*[\d,]*\.?(\d*)", text)
+    grouped = "," if "," in text else ""
+    return f"{number:{sign}{grouped}.{len(decimals[1]) if decimals else 9}f}"
+
+
+def cell_of(template, row, cell, root):
+    """What a cell should be: {column} is the row's, {results/OTHER.csv column} that of the row with the same name."""
+
+    def look_up(other, column):
+        if not other:
+            return row[column]
+        names = [key for key in ("conv", "init", "kernel") if key in row]
+        found = [r[column] for r in read_csv(root / other) if all(r[key] == row[key] for key in names)]
+        return found[0] if found else ""
+
+    values = [look_up(*place) for place in VALUE.findall(template)]
+    if not any(values):
+        return "" if values else template
+    pattern = re.sub(r"\\{.*?\\}", "(.*?)", re.escape(template))
+    texts = re.fullmatch(pattern, cell)
+    texts = texts.groups() if texts else [""] * len(values)
+    shown = iter([as_shown(value, text) for value, text in zip(values, texts, strict=True)])
+    return VALUE.sub(lambda _: next(shown), template)
 
 
 def check_tables(text, root):
-    """Each table after a comment `results/FILE.csv: column, column` has the file's rows, in its order."""
-    for file, columns, table in TABLE.findall(text):
-        with (root / file).open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
+    """Each table after a comment `results/FILE.csv | {column} | {column} ± {column}` has the file's rows, in order."""
+    for file, templates, table in TABLE.findall(text):
+        rows = read_csv(root / file)
         shown = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines()[2:]]
         assert len(shown) == len(rows), f"{file} has {len(rows)} rows, the table {len(shown)}"
         for cells, row in zip(shown, rows, strict=True):
-            expected = [row[column.strip()] for column in columns.split(",")]
-            pairs = list(zip(expected, cells, strict=True))
-            expected = [as_shown(value, cell) for value, cell in pairs]
+            pairs = zip(templates.split(" | "), cells, strict=True)
+            expected = [cell_of(template, row, cell, root) for template, cell in pairs]
             assert cells == expected, f"{file} says | {' | '.join(expected)} |"
 
 
@@ -182,12 +208,19 @@ def test_tables_are_what_the_results_say(page):
 
 def test_a_table_that_differs_is_found(tmp_path):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "a.csv").write_text("model,top1,gain\nm,90.126,0.5\n")
+    (tmp_path / "results" / "a.csv").write_text("conv,top1,gain,params\nm,90.126,0.5,1234\nn,90,,1\n")
+    (tmp_path / "results" / "b.csv").write_text("conv,top1\nn,80.5\nm,70.25\n")
     text = (
-        "<!-- results/a.csv: model, top1, gain -->\n\n| model | top-1 | gain |\n|---|---|---|\n| m | 90.13 | +0.5 |\n"
+        "<!-- results/a.csv | {conv} | {top1} [{gain}] | {results/b.csv top1} | {params} -->\n\n"
+        "| conv | top-1 | b | parameters |\n|---|---|---|---|\n"
+        "| m | 90.13 [+0.5] | 70.2 | 1,234 |\n| n | 90 [] | 80.5 | 1 |\n"
     )
     check_tables(text, tmp_path)
-    for wrong in (text.replace("90.13", "90.12"), text.replace("| m |", "| n |"), text + "| n | 1 | +1 |\n"):
+    more = text + "| o | 1 | 1 | 1 |\n"
+    wrongs = [
+        text.replace(*pair) for pair in (("90.13", "90.12"), ("| m |", "| x |"), ("70.2", "70.3"), ("+0.5", "-0.5"))
+    ]
+    for wrong in (*wrongs, more):
         with pytest.raises(AssertionError, match=r"a\.csv"):
             check_tables(wrong, tmp_path)
 
