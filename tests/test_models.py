@@ -667,7 +667,7 @@ def test_convnext_takes_every_convolution(conv):
 
 @backbones
 def test_one_conv_cfg_serves_all_families(size):
-    arguments = {"conv_cfg": {"eps_omega": 0.1, "fixed_kernel": True, "init": "paper"}}
+    arguments = {"conv_cfg": {"eps_omega": 0.1, "max_offset": 2.0, "fixed_kernel": True, "init": "paper"}}
     metric, deform = (timm.create_model(f"{size}_{f}", **arguments) for f in ("metric", "deform"))
     assert {conv.eps_omega for conv in ball_convs(metric).values()} == {0.1}
     for model in (metric, deform):

@@ -29,7 +29,7 @@ class BallConvNeXt(convnext.ConvNeXt):
         *args: Of `timm.models.convnext.ConvNeXt`.
         conv: Name of the convolution, see `convert`.
         stages: Stages (1 to 4) whose depthwise convolutions are replaced; none leaves the standard network.
-        conv_cfg: Arguments of the layers. Those of metric layers alone are left out for the other families.
+        conv_cfg: Arguments of the layers. Those that other families alone take are left out.
         **kwargs: Of `timm.models.convnext.ConvNeXt`.
 
     Raises:

@@ -35,7 +35,7 @@ class BallResNet(resnet.ResNet):
         *args: Of `timm.models.resnet.ResNet`.
         conv: Name of the convolution, see `convert`.
         stages: Stages (1 to 4) whose k×k convolutions are replaced; none leaves the standard network.
-        conv_cfg: Arguments of the layers. Those of metric layers alone are left out for the other families.
+        conv_cfg: Arguments of the layers. Those that other families alone take are left out.
         stem: "imagenet" (timm's own) or "cifar" (3×3, stride 1, no pooling).
         layout: "timm", or "paper" (the last stage keeps its resolution; its first block has dilation 1, the later 2).
         **kwargs: Of `timm.models.resnet.ResNet`.

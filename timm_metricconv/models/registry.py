@@ -11,8 +11,12 @@ from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import Tensor, nn
 
-# What `conv_cfg` may hold that only metric layers take: one `conv_cfg` serves all families.
-METRIC_ONLY = ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps")
+# What `conv_cfg` may hold that only some layers take: one `conv_cfg` serves all families.
+OWN = {
+    "metric": ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps"),
+    "deform": ("max_offset",),
+    "shifted": ("max_offset",),
+}
 
 
 def stage_numbers(stages: Sequence[int]) -> List[int]:
@@ -25,8 +29,8 @@ def stage_numbers(stages: Sequence[int]) -> List[int]:
 
 def layer_arguments(conv: str, conv_cfg: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """The argument `conv_cfg` of a backbone, without what the layers named `conv` do not take."""
-    left_out = () if conv == "metric" else METRIC_ONLY
-    return {key: value for key, value in (conv_cfg or {}).items() if key not in left_out}
+    others = {key for keys in OWN.values() for key in keys} - set(OWN.get(conv, ()))
+    return {key: value for key, value in (conv_cfg or {}).items() if key not in others}
 
 
 def standard_cfgs(theirs: ModuleType, architectures: Iterable[str], convs: Sequence[str]) -> Dict[str, DefaultCfg]:
