@@ -137,7 +137,8 @@ def _flow(
             )
         else:
             arguments = table, start, x, y, turn, samples_x, samples_y, length, part, number == 0, spacing
-            if table.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            differentiated = table.requires_grad and torch.is_grad_enabled()
+            if differentiated and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 state = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = _step(*arguments)
