@@ -149,7 +149,7 @@ def build(networks: Networks, note: str = "") -> gr.Blocks:
         gr.Markdown(note, container=True, visible=bool(note))
         gr.Markdown(SAMPLES)
         with gr.Row():
-            example = gr.Radio(PICTURES, value=PICTURES[0], label=Image, scale=4, elem_id="example")
+            example = gr.Radio(PICTURES, value=PICTURES[0], label="Image", scale=4, elem_id="example")
             upload = gr.UploadButton("Upload your own image", file_types=["image"], scale=1, elem_id="upload")
             layer = gr.Dropdown(layers, label="Layer, from shallow to deep", scale=2, elem_id="layer")
         with gr.Row():

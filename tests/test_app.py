@@ -182,6 +182,7 @@ def test_the_page_in_a_browser(browser, url, tmp_path):
 
     wait = WebDriverWait(browser, 120, poll_frequency=0.5)
     assert changes(lambda: browser.get(url), *everything)
+    assert find("#example").text.startswith("Image\ncoffee")
 
     image = find("#image img")
     click = ActionChains(browser).move_to_element_with_offset(image, -60, -40).click()
