@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from timm_metricconv import MetricConv2d
+from timm_metricconv import DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.config import ConfigError, build, from_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +52,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     for package in NEEDS.get(page.stem, ()):
         pytest.importorskip(package, reason=f"{page.name} shows {package}")
     monkeypatch.chdir(tmp_path)
+    Path("results").symlink_to(ROOT / "results")
     run_blocks(page)
     torch._dynamo.reset()
 
@@ -76,7 +77,8 @@ def parse(cls, words):
         training += [build(train_config, {**config.train, **config.source})]
     for one in training:
         layer = getattr(one, "model_args", {}).get("conv_cfg", {})
-        assert set(layer) <= set(inspect.signature(MetricConv2d).parameters)
+        known = inspect.signature(MetricConv2d).parameters | inspect.signature(DeformConv2d).parameters
+        assert set(layer) <= set(known)
     return config
 
 
