@@ -141,6 +141,11 @@ def test_training_warps_follow_from_the_seed():
         assert not torch.equal(first, second)
 
 
+def test_the_models_own_size_warps_as_the_same_size_asked_for():
+    """Small images are enlarged before they are warped, whoever says how large they become."""
+    assert torch.equal(shown(train=False, input_size=0), shown(train=False, input_size=CFG["input_size"][-1]))
+
+
 def test_validation_may_lie_outside_of_training():
     config = DataConfig(data="digits", warp={"rotation": 30, "scale": [0.5, 1]}, val_warp={"rotation": [60, 90]})
     train, val = make_datasets(config)

@@ -80,14 +80,15 @@ class View(Dataset):
         dataset: Images and labels, by index.
         indices: Which images; by default all.
         warp: How they are warped.
-        least: Images with a shorter edge are enlarged to it before they are warped, so that a warp loses nothing.
         frozen: The warp of an image follows from its index in `dataset` alone: the same in every epoch and process.
+
+    Attributes:
+        least: Images with a shorter edge are enlarged to it before they are warped, so that a warp loses nothing.
+            `make_loader` sets it to the size of what the network sees.
     """
 
-    def __init__(
-        self, dataset: Dataset, indices: Optional[Sequence[int]], warp: Warp, least: int = 0, frozen: bool = False
-    ):
-        self.dataset, self.warp, self.least, self.frozen = dataset, warp, least, frozen
+    def __init__(self, dataset: Dataset, indices: Optional[Sequence[int]], warp: Warp, frozen: bool = False):
+        self.dataset, self.warp, self.least, self.frozen = dataset, warp, 0, frozen
         self.indices = range(len(dataset)) if indices is None else indices
         self.classes = _classes(dataset)
         self.transform: Optional[Callable] = None
@@ -353,10 +354,10 @@ def make_datasets(config: DataConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
             raise ConfigError(f"data: {config.data!r} is a stream: it has no subsets and no warps.")
         return train, val
     if config.train_images or not warp.idle:
-        train = View(train, _subset("train_images", train, config.train_images, 2, seed), warp, config.input_size)
+        train = View(train, _subset("train_images", train, config.train_images, 2, seed), warp)
     if config.val_images or not val_warp.idle:
         chosen = _subset("val_images", val, config.val_images, 1, 0)
-        val = View(val, chosen, val_warp, config.input_size, frozen=True)
+        val = View(val, chosen, val_warp, frozen=True)
     return train, val
 
 
@@ -366,6 +367,8 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
         raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
     mean, std = normalisation(config, pretrained_cfg)
     size, (crop, interpolation) = image_size(config, pretrained_cfg), evaluation_crop(config, pretrained_cfg)
+    if isinstance(dataset, View):
+        dataset.least = size
     return create_loader(
         dataset,
         input_size=(3, size, size),
