@@ -522,7 +522,8 @@ def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, 
                 for tap in range(taps):
                     sample = tap * LANES + i
                     mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
-                    slopes, slopes_y = _four(plan.slopes, tap, i), _four(plan.slopes_y, tap, i)
+                    slopes = _four(plan.slopes, tap, i)
+                    slopes_y = slopes if lattice.from_metric else _four(plan.slopes_y, tap, i)
                     slope = slope_y = product = mask - mask
                     corner = image * lattice.height * line + plan.corners[sample] * channels
                     for c in range(group * run, group * run + run, LANES):
