@@ -60,7 +60,8 @@ def test_timm_csv(tmp_path, monkeypatch):
     """timm's columns, our names beside the standard one; rows of the same network are replaced, others kept."""
     monkeypatch.setattr(module, "MODEL_SHAPES", (("imagenet", (2, 3, 32, 32)),))
     config = BenchmarkConfig(what="model", models=["test_resnet"], backends=["gather"], csv=str(tmp_path))
-    peers = {"conv2d": "torch", "deform": "gather", "shifted": "gather", "metric": "gather"}
+    names = ("deform", "shifted", "metric", "metric-geodesic")  # the last one is no name of timm's
+    peers = {"conv2d": "torch", **dict.fromkeys(names, "gather")}
     base = {"shape": "test_resnet 2x3x32x32"}
     records = [
         {**base, "peer": peer, "backend": backend, "direction": direction, "median_ms": ms * (1 + number)}

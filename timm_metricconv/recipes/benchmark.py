@@ -320,9 +320,9 @@ def write_timm_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> No
                 backend = "torch" if peer == "conv2d" else preferred
                 key = {"shape": f"{model} {batch}x3x{size}x{size}", "peer": peer, "backend": backend}
                 found = [r for r in records if {**r, **key} == r and r["direction"] == direction]
-                if not found:
-                    continue
                 name = model if peer == "conv2d" else f"{model}_{peer}"
+                if not found or not timm.is_model(name):  # geodesic balls have no name of their own
+                    continue
                 network, ms = timm.create_model(name), found[0]["median_ms"]
                 row = {
                     "model": name,
