@@ -80,12 +80,8 @@ class _Metrics:
         grad_finsler = grad_x.view_as(finsler) * self.points[0]
         grad_finsler.addcmul_(grad_y.view_as(finsler), self.points[1]).div_((finsler + self.eps).square_().neg_())
         at_floor = finsler <= FLOOR * size
-        grad_size, grad_lean = (
-            torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size.clamp(min=TINY**0.5),
-            grad_finsler,
-        )
-        if at_floor.any():
-            grad_lean = grad_finsler.masked_fill(at_floor, 0)
+        grad_size = torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size.clamp(min=TINY**0.5)
+        grad_lean = grad_finsler.masked_fill(at_floor, 0) if at_floor.any() else grad_finsler
         to_a, to_b = _matmul((grad_size * zx).addcmul_(grad_lean, fields[:, 3:4]), self.directions).unbind(1)
         to_b2, to_d = _matmul((grad_size * zy).addcmul_(grad_lean, fields[:, 4:5]), self.directions).unbind(1)
         drift = (grad_lean * zx).sum(1), (grad_lean * zy).sum(1)
