@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
@@ -43,15 +42,6 @@ def cluster(monkeypatch):
         cluster.shutdown()
 
 
-@pytest.fixture
-def one_thread():
-    """What Ray gives a task that has one core; sums in another order end in other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def epochs_done(folder):
     """Of the newest complete checkpoint."""
     names = [path.name for path in (folder / "checkpoints").glob("epoch_*") if path.suffix != ".tmp"]
@@ -63,8 +53,9 @@ def untimed(records):
 
 
 @pytest.mark.slow
-def test_a_lost_machine_changes_nothing(cluster, one_thread, tmp_path):
+def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
     """A machine is killed in the middle of a run; another goes on after its last epoch, and the table is the same."""
+    set_threads(1)  # what Ray gives a task that has one core; sums in another order end in other bits
     values = {
         "model": "test_resnet",
         "model_args": NETWORK,

@@ -456,17 +456,10 @@ def test_compiles_without_a_break(backend):
     compare(outputs_and_gradients(compiled, tensors, {}), outputs_and_gradients(function, tensors, {}), 1e-6)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @backends
-def test_gradients_are_deterministic(backend, two_threads):
+def test_gradients_are_deterministic(backend, set_threads):
     """The same bits twice, with many samples on one pixel and several threads."""
+    set_threads(2)
     tensors, arguments = problem(batch=2, channels=32, size=(40, 40), spread=0.1, mask=True, dtype=torch.float32)
     first, second = (
         outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments) for _ in range(2)
