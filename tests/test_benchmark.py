@@ -89,6 +89,23 @@ def test_timm_csv(tmp_path, monkeypatch):
         write_timm_csv(config, records)
 
 
+def test_layer_csv(tmp_path, monkeypatch):
+    """A row for each shape, a column for each number; the backends that are not preferred are left out."""
+    monkeypatch.setattr(module, "LAYER_SHAPES", ((4, 6), (8, 5)))
+    config = BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["gather", "reference"], csv=str(tmp_path))
+    records = benchmark(config)
+    rows = list(csv.DictReader(next(tmp_path.glob("benchmark-layer-fp32-nhwc-*.csv")).open()))
+    assert [row["shape"] for row in rows] == ["2x4x6x6 stride 1", "2x8x5x5 stride 1"]
+    kept = [record for record in records if record["backend"] != "reference"]
+    assert len(rows[0]) == 1 + 3 * len(kept) / 4
+    for record in kept:
+        row = next(row for row in rows if row["shape"] == record["shape"])
+        assert row[f"{record['peer']}.{record['direction']}"] == f"{record['ratio_to_conv']:.3f}"
+        if record["direction"] == "forward_backward":
+            assert row[f"{record['peer']}.mb"] == f"{record['peak_mb']:.1f}"
+    assert not list(tmp_path.glob("*infer*"))
+
+
 def test_counts_are_timms():
     """resnet18 at 224 in timm's own benchmark-infer files: 11.69 M parameters, 1.82 GMACs, 2.48 M activations."""
     model = timm.create_model("resnet18_metric", stages=[])
