@@ -10,7 +10,7 @@ import torch
 
 from timm_metricconv.ops import BACKENDS
 from timm_metricconv.recipes import benchmark as module
-from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark, write_timm_csv
+from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark, write_ratios_csv, write_timm_csv
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.network import count_activations, count_macs
 
@@ -89,21 +89,25 @@ def test_timm_csv(tmp_path, monkeypatch):
         write_timm_csv(config, records)
 
 
-def test_layer_csv(tmp_path, monkeypatch):
+def test_ratios_csv(tmp_path, monkeypatch):
     """A row for each shape, a column for each number; the backends that are not preferred are left out."""
     monkeypatch.setattr(module, "LAYER_SHAPES", ((4, 6), (8, 5)))
-    config = BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["gather", "reference"], csv=str(tmp_path))
+    config = BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["gather", "torchvision"])
     records = benchmark(config)
-    rows = list(csv.DictReader(next(tmp_path.glob("benchmark-layer-fp32-nhwc-*.csv")).open()))
-    assert [row["shape"] for row in rows] == ["2x4x6x6 stride 1", "2x8x5x5 stride 1"]
-    kept = [record for record in records if record["backend"] != "reference"]
-    assert len(rows[0]) == 1 + 3 * len(kept) / 4
-    for record in kept:
-        row = next(row for row in rows if row["shape"] == record["shape"])
+    config.csv = str(tmp_path)
+    write_ratios_csv(config, records)
+    write_ratios_csv(config, [record for record in records if record["shape"] == records[0]["shape"]])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("benchmark-layer-fp32-nhwc-")
+    rows = {row["shape"]: row for row in csv.DictReader(path.open())}
+    assert list(rows) == list(dict.fromkeys(record["shape"] for record in records)) and len(rows) == 2
+    for record in records:
+        if record["peer"] in module.OURS and record["backend"] == "torchvision":
+            continue
+        row = rows[record["shape"]]
         assert row[f"{record['peer']}.{record['direction']}"] == f"{record['ratio_to_conv']:.3f}"
         if record["direction"] == "forward_backward":
             assert row[f"{record['peer']}.mb"] == f"{record['peak_mb']:.1f}"
-    assert not list(tmp_path.glob("*infer*"))
 
 
 def test_counts_are_timms():

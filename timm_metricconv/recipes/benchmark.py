@@ -24,7 +24,7 @@ from ..ops import BACKENDS
 from .compile_report import compile_report
 from .config import ConfigError, option
 from .network import count_activations, count_macs, randomise_predictors
-from .report import console, csv_text, print_table, update_csv, write_atomic
+from .report import console, print_table, update_csv, write_atomic
 
 # Name of a peer → the kind of its layers, and their arguments
 OURS: Dict[str, Tuple[str, Dict[str, Any]]] = {
@@ -51,7 +51,7 @@ class BenchmarkConfig:
     )
     output: Optional[str] = option(None, "JSON file for the records")
     csv: Optional[str] = option(
-        None, "folder for benchmark-infer-*.csv and -train-*.csv of networks, as timm has them, and -layer-*.csv"
+        None, "folder for benchmark-*.csv: -infer and -train of networks as timm has them, and ratios to nn.Conv2d"
     )
     batch: int = option(8, "images in a layer's batch")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of weights and images; positions are float32")
@@ -341,14 +341,14 @@ def write_timm_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> No
             update_csv(path, rows, ["model", f"{kind}_img_size"], f"{kind}_samples_per_sec")
 
 
-def write_layer_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> None:
-    """The layers' records, a row for each shape.
+def write_ratios_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> None:
+    """A file for layers, depthwise layers and networks each, with a row for each shape.
 
     Of each peer, with the backend that is preferred here, `<peer>.forward` and `<peer>.forward_backward` are times
     as multiples of `nn.Conv2d`'s, and `<peer>.mb` is the memory of a forward and backward pass.
     """
-    preferred = _backends(config, reference=True)[0]
-    for what in ("layer", "depthwise"):
+    preferred = _backends(config, reference=False)[0]
+    for what in ("layer", "depthwise", "model"):
         rows: Dict[str, Dict[str, Any]] = {}
         for record in records:
             if record["what"] == what and (record["backend"] == preferred or record["peer"] not in OURS):
@@ -356,7 +356,8 @@ def write_layer_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> N
                 row[f"{peer}.{record['direction']}"] = f"{record['ratio_to_conv']:.3f}"
                 row[f"{peer}.mb"] = f"{record['peak_mb']:.1f}"  # the backward pass comes last
         if rows:
-            write_atomic(Path(config.csv or ".") / _csv_name(config, what), csv_text(list(rows.values())))
+            path = Path(config.csv or ".") / _csv_name(config, what)
+            update_csv(path, list(rows.values()), ["shape"])
 
 
 def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
@@ -392,7 +393,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
             write_atomic(config.output, json.dumps(records, indent=2) + "\n")
     if config.csv:
         write_timm_csv(config, records)
-        write_layer_csv(config, records)
+        write_ratios_csv(config, records)
     rows = [_row(record, config.device) for record in records]
     threads = f"{torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name()
     print_table(rows, f"{config.device} ({threads}), {config.dtype}, torch {torch.__version__}")

@@ -62,7 +62,7 @@ def csv_text(records: Sequence[Record]) -> str:
     return out.getvalue()
 
 
-def update_csv(path: Union[str, Path], rows: Sequence[Record], key: Sequence[str], order: str) -> None:
+def update_csv(path: Union[str, Path], rows: Sequence[Record], key: Sequence[str], order: Optional[str] = None) -> None:
     """Writes rows into a CSV file of the same columns, in place of those that agree in `key`; highest `order` first.
 
     Raises:
@@ -77,7 +77,8 @@ def update_csv(path: Union[str, Path], rows: Sequence[Record], key: Sequence[str
         if reader.fieldnames != columns:
             raise ConfigError(f"csv: {path} has the columns {reader.fieldnames}, expected {columns}.")
     merged = {tuple(str(row[column]) for column in key): row for row in [*old, *rows]}
-    write_atomic(path, csv_text(sorted(merged.values(), key=lambda row: -float(row[order]))))
+    ordered = sorted(merged.values(), key=lambda row: -float(row[order])) if order else merged.values()
+    write_atomic(path, csv_text(list(ordered)))
 
 
 def markdown(records: Sequence[Record]) -> str:
