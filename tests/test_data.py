@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
 from PIL import Image
+from torchvision.transforms import v2
 
 from timm_metricconv.recipes import data as module
 from timm_metricconv.recipes.augmentation import Warp
@@ -48,6 +49,19 @@ def test_a_warp_of_nothing_changes_nothing():
     hardly = Warp(rotation=[1e-6], scale=[1 - 1e-9], stretch=[1 + 1e-9], elastic=1e-9)
     assert not hardly.idle
     assert abs(pixels(hardly(noise(31, 20))) - pixels(noise(31, 20))).max() <= 1
+
+
+def test_a_perspective_is_torchvisions():
+    """The corners move inwards to where they were drawn, and pixels between them as torchvision moves them."""
+    for seed, (width, height) in enumerate([(24, 24), (31, 20)]):
+        torch.manual_seed(seed)
+        corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]], dtype=torch.float64)
+        centre = corners[2] / 2
+        moved = (corners - centre) * (1 - 0.5 * torch.rand(4, 2, dtype=torch.float64)) + centre
+        expected = v2.functional.perspective(noise(width, height), corners.tolist(), moved.tolist())
+        torch.manual_seed(seed)
+        errors = abs(pixels(Warp(perspective=0.5)(noise(width, height))) - pixels(expected))
+        assert errors.max() <= 1 and errors.mean() < 0.01  # torchvision rounds the homography to float32
 
 
 def test_a_quarter_turn_maps_pixels_to_pixels():

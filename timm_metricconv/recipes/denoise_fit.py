@@ -45,16 +45,18 @@ def _psnr(mse: float) -> float:
     return 10 * math.log10(1 / max(mse, 1e-12))
 
 
-def _finite(loss: float, cell: Cell, when: str) -> float:
-    if not math.isfinite(loss):
-        raise RecipeError(f"{cell.label}: the loss is {loss} in {when}; a lower --lr_{cell.method} may help.")
-    return loss
+def _finite(value: float, cell: Cell, what: str) -> float:
+    if not math.isfinite(value):
+        raise RecipeError(f"{cell.label}: {what} is {value}; a lower --lr_{cell.method} may help.")
+    return value
 
 
 @torch.no_grad()
-def _descend(parameter: Tensor, lr: float) -> None:
+def _descend(parameter: Tensor, lr: float, cell: Cell) -> None:
     parameter.sub_(parameter.grad, alpha=lr)  # type: ignore[arg-type]
     parameter.grad = None
+    # the loss does not tell: a sample whose position is NaN reads zero
+    _finite(parameter.sum().item(), cell, "the sum of the geometry's parameters")
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def _learn_at(model: nn.Module, config: DenoiseConfig, cell: Cell) -> None:
     lr = (learning_rate(config, cell.method) or PAPER_LR[nearest][cell.k]) * config.size**2 / PAPER_PIXELS
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(functools.partial(_descend, lr=lr))
+            parameter.register_post_accumulate_grad_hook(functools.partial(_descend, lr=lr, cell=cell))
 
 
 def _edge(clean: Tensor) -> Tuple[int, int]:
@@ -120,7 +122,7 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
         last = step == steps
         with torch.set_grad_enabled(not last):
             loss = F.mse_loss(model(noisy["train"]), target)
-        train_mse = _finite(loss.item(), cell, f"step {step}")
+        train_mse = _finite(loss.item(), cell, f"the loss of step {step}")
         if last or step % every == 0:
             with torch.no_grad():
                 result = model(noisy["test"])
@@ -201,7 +203,7 @@ def fit_data_set(config: DenoiseConfig, cell: Cell, paths: Dict[str, List[str]],
         losses = []
         for x, y in loaders["train"]:
             loss = F.mse_loss(model(x.to(device)), y.to(device))
-            losses.append(_finite(loss.item(), cell, f"epoch {epoch + 1}"))
+            losses.append(_finite(loss.item(), cell, f"the loss of epoch {epoch + 1}"))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
