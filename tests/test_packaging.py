@@ -84,6 +84,17 @@ def test_recipes_import_what_an_extra_declares():
     assert imports(*sources(outer=True)) <= names(requirements()) | names(requirements(*extras))
 
 
+def test_export_needs_its_own_extra_alone():
+    """README installs no [demo] for it."""
+    recipes = ROOT / "timm_metricconv" / "recipes"
+    files = [recipes / "export.py"]
+    for file in files:
+        siblings = [node.module for node in ast.walk(ast.parse(file.read_text())) if getattr(node, "level", 0) == 1]
+        files += [path for path in (recipes / f"{name}.py" for name in siblings) if path not in files]
+    assert {path.stem for path in files} >= {"export", "config", "network"}
+    assert imports(*files) - names(requirements("export")) <= names(requirements()) | {"safetensors"}  # timm's own
+
+
 def test_tests_import_what_their_extra_declares():
     """[dev] is [test] and what does not go with the lowest versions; tests of Ray are left out where it is not."""
     declared = names(requirements()) | names(requirements("dev", "cluster"))
