@@ -125,6 +125,14 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 
 
 def test_refusals():
+    with pytest.raises(ConfigError, match="'grid' cannot run on device='cpu': because"):
+        BACKENDS["grid"] = BACKENDS["gather"]._replace(why_not=lambda device, dim: "because")
+        try:
+            benchmark(BenchmarkConfig(backends=["gather", "grid"]))
+        finally:
+            del BACKENDS["grid"]
+    with pytest.raises(ConfigError, match=r"models: expected some of .*resnet18"):
+        benchmark(BenchmarkConfig(what="model", models=["resnet19"]))
     with pytest.raises(ConfigError, match="backends"):
         benchmark(BenchmarkConfig(backends=["fastest"]))
     if not torch.cuda.is_available():

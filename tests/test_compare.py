@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import timm
@@ -88,6 +89,40 @@ def test_table_resume_and_kernels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training._Trainer, "__init__", refuse)
     assert compare(config) == records
+
+
+def test_a_comparison_may_be_moved_but_not_changed(tmp_path, monkeypatch):
+    """The runs' checkpoint moves with it. Without its source's folder, runs of another source would look complete."""
+    monkeypatch.chdir(tmp_path)
+    short = {"conv": ["standard"], "init": ["transfer"], "kernel": ["learnable"], "seeds": [0]}
+    records = compare(tiny(tmp_path, output="a", **short))
+    assert records[0]["top1_std"] is None and "±" not in (tmp_path / "a" / "summary.md").read_text()
+    (tmp_path / "a").rename(tmp_path / "moved")
+    monkeypatch.setattr(training._Trainer, "__init__", lambda *args, **kwargs: pytest.fail("trains"))
+    assert compare(tiny(tmp_path, output="moved", **short)) == records
+    assert compare(tiny(tmp_path, output=str(tmp_path / "moved"), **short)) == records
+    before = (tmp_path / "moved" / "config.yaml").read_text()
+    shutil.rmtree(tmp_path / "moved" / "source")
+    with pytest.raises(ConfigError, match=r"another source.lr \(None → 0.5\)"):
+        compare(tiny(tmp_path, output="moved", **short, source={"data": "digits/0-1", "lr": 0.5}))
+    with pytest.raises(ConfigError, match=r"another train.epochs \(1 → 2\)"):
+        train = {**tiny(tmp_path).train, "epochs": 2}
+        compare(tiny(tmp_path, output="moved", **short, train=train))
+    assert (tmp_path / "moved" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seeds": [0, 1, 0]}, "seeds: expected different ones"),
+        ({"conv": ["metric", "metric"]}, "conv: expected different ones"),
+        ({"train": {"seed": 7}}, r"train\.seed: the comparison sets it"),
+        ({"train": {"model": "resnet50"}}, r"train\.model: the comparison sets it"),
+    ],
+)
+def test_what_would_be_counted_twice_or_overridden(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        compare(tiny(tmp_path, **changes))
 
 
 def test_convnext(tmp_path):

@@ -94,6 +94,10 @@ def test_a_file_and_a_word_read_alike(tmp_path):
         ("--num_classes -1", "num_classes: expected a number greater than or equal to 0; got '-1'"),
         ("--lr 0", "lr: expected a number greater than 0"),
         ("--smoothing 1", "smoothing: expected a number less than 1"),
+        ("--hflip 2", "hflip: expected a number less than or equal to 1; got '2'"),
+        ("--scale 0.5", "scale: expected|scale: List should have at least 2 items"),
+        ("--crop_pct -1", "crop_pct: expected a number greater than 0"),
+        ("--seed -1", "seed: expected a number greater than or equal to 0"),
         ("--opt nonsense", "opt: expected an optimiser of timm's, such as .*adamw.*; got 'nonsense'"),
         ("--opt adamv", "opt: expected an optimiser of timm's, such as adam, .*; got 'adamv'"),
         ("--sched nonsense", "sched: expected 'cosine', .* or 'constant'; got 'nonsense'"),
@@ -115,7 +119,9 @@ def script(run, *arguments, monkeypatch):
     main(run, Example, "")
 
 
-@pytest.mark.parametrize("error", [ConfigError("rate: too\nhigh"), RecipeError("rate: too high"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error", [ConfigError("rate: too\nhigh"), RecipeError("high"), OSError("disk full"), ImportError("no x")]
+)
 def test_a_refusal_is_one_line_and_status_2(error, monkeypatch, capsys):
     def refuse(config):
         raise error
@@ -147,6 +153,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         (["--sizes", "3", "x"], "sizes: expected a valid integer.*; got 'x'"),
         (["--config", "a.yaml", "b.yaml"], "--config: expected a valid string"),
         (["--config", "nowhere.yaml"], "no file 'nowhere.yaml'"),
+        (["--sizes", "[0,1"], "sizes: this is not YAML"),
         (["steps=3"], "expected --key value"),
     ],
 )

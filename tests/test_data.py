@@ -245,12 +245,16 @@ def test_a_good_folder_has_subsets_and_warps(folder):
             lambda f: (f / "val/dog/0.jpg").write_bytes((f / "val/dog/0.jpg").read_bytes()[:-300]),
             "cannot be read.*val/dog/0.jpg.*truncated",
         ),
+        (
+            lambda f: Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(f / "val/dog/2.png"),
+            "val/dog/2.png: mode 'I.*expected 8 bits a channel",
+        ),
         (lambda f: [p.unlink() for p in (f / "val/cat").iterdir()], "no validation image of class cat"),
         (lambda f: [p.unlink() for p in (f / "train/dog").iterdir()], "no training image of class dog"),
         (lambda f: [p.unlink() for p in f.glob("train/*/*")], "Found 0 images"),
         (lambda f: [p.unlink() for p in f.glob("train/dog/[123].jpg")], "one training image of class dog"),
     ],
-    ids=["no image", "truncated", "class missing in val", "class missing in train", "empty", "one image"],
+    ids=["no image", "truncated", "16 bits", "class missing in val", "class missing in train", "empty", "one image"],
 )
 def test_bad_folders(folder, spoil, message):
     """One line before training; timm alone would show the next image in the place of a broken one."""
@@ -258,6 +262,19 @@ def test_bad_folders(folder, spoil, message):
     with pytest.raises(ConfigError, match=message) as error:
         make_datasets(DataConfig(data=str(folder)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["photos/flowers", "data/flowers", "./flowers", "digits/7-3", "digits/10-12"])
+def test_unknown_data(name, folder, monkeypatch):
+    """timm reads a name whose prefix it does not know from `data_dir`: the network would train on another data set."""
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConfigError, match="data: "):
+        make_datasets(DataConfig(data=name, data_dir=str(folder)))
+
+
+def test_fewer_classes_than_the_data_has(folder):
+    with pytest.raises(ConfigError, match="has 2 classes; got 1"):
+        module.class_count(DataConfig(data=str(folder), num_classes=1), make_datasets(DataConfig(data=str(folder)))[0])
 
 
 def test_streams_have_neither(monkeypatch):

@@ -354,5 +354,7 @@ def test_refusals(tmp_path, changes, message):
 def test_divergence_and_misspelt_keys(tmp_path):
     with pytest.raises(RecipeError, match="lr_metric"):
         denoise(tiny(tmp_path, method=["metric"], lr_metric=1e38))
+    with pytest.raises(ConfigError, match="eps_omega: the list is empty"):
+        denoise(tiny(tmp_path, method=["metric"], eps_omega=[]))
     with pytest.raises(ConfigError, match="Did you mean 'sigma'"):
         tiny(tmp_path, sigmma=[0.1])

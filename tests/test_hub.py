@@ -1,6 +1,7 @@
 """The Hub, from huggingface_hub down to the socket, against a server on this machine."""
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -81,6 +82,17 @@ def test_card_tells_what_a_reader_needs_and_no_paths(run_folder, tmp_path):
         assert text in card.text
     assert "/home" not in str(card)
     assert not LoopbackHub.card_errors(str(card))
+
+
+def test_an_accuracy_on_some_or_on_warped_images_is_not_the_data_sets(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    training = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**training, "val_images": 20, "warp": {"rotation": [90]}}))
+    push(HubConfig(folder=str(folder), dry_run=str(tmp_path / "birds")))
+    card = ModelCard.load(tmp_path / "birds" / "README.md")
+    assert not card.data.eval_results
+    assert all(text in card.text for text in ("| val_images | 20 |", "rotation", "| seed | 0 |", "91.25"))
 
 
 @pytest.mark.parametrize(

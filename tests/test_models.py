@@ -566,6 +566,15 @@ def test_misfit_is_refused_by_name(size, change, message, tmp_path):
         pretrained(f"{size}_metric", str(tmp_path / "misfit.safetensors"))
 
 
+def test_a_checkpoint_of_older_torch_has_no_counters(tmp_path):
+    """nn.BatchNorm2d loads it, and so does timm."""
+    standard = timm.create_model("test_resnet")
+    old = {k: v for k, v in standard.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "old.safetensors")
+    model, x = pretrained("test_resnet_metric", str(tmp_path / "old.safetensors")).eval(), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(x), standard.eval()(x), rtol=1e-4, atol=1e-4)
+
+
 def test_another_family_is_refused():
     with pytest.raises(RuntimeError, match=r"predictor\.weight \(expected \(2, .*came \(5, "):
         checkpoint_filter_fn(create("test_resnet_metric").state_dict(), create("test_resnet_shifted"))

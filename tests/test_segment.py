@@ -83,6 +83,38 @@ def test_scores_are_those_of_counting(tmp_path):
     assert scores.keys() == {"val_loss", *SEGMENTATION.scores}
 
 
+def test_a_class_that_is_nowhere_counts_nowhere():
+    """Class 2 of three is neither in the mask nor in the output; a wrong output scores nothing and not a half."""
+    target = torch.ones(1, 4, 4, dtype=torch.int64)
+    for guess, score in ((0, 0), (1, 100)):
+        output = torch.nn.functional.one_hot(torch.full_like(target, guess), 3).movedim(-1, 1).float()
+        scores = SEGMENTATION.summarise(SEGMENTATION.measure(output, target))
+        assert scores["dice"] == scores["iou"] == score
+
+
+def test_the_loss_is_a_mean_over_the_pixels_that_count():
+    output, target = torch.randn(1, 3, 8, 8), torch.randint(0, 3, (1, 8, 8))
+    target[:, :6] = IGNORED
+    expected = torch.nn.functional.cross_entropy(output, target, ignore_index=IGNORED)
+    rows = SEGMENTATION.measure(output, target)
+    assert SEGMENTATION.summarise(rows)["val_loss"] == pytest.approx(expected.item())
+    dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)
+    torch.testing.assert_close(SegmentationLoss()(output, target), expected + dice(output, target))
+    assert SegmentationLoss()(output, torch.full_like(target, IGNORED)).isfinite()
+
+
+def test_decoders_of_a_seed_start_alike(tmp_path, folder):
+    """Of each convolution, or a difference paired by seed would hold that of two decoders."""
+
+    def weights(seed, **changes):
+        model = build_segmenter(tiny(tmp_path, folder, seed=seed, **changes), 2)
+        return torch.cat([p.flatten() for part in (model.decoder, model.segmentation_head) for p in part.parameters()])
+
+    standard = weights(0, model_args={"stages": []})
+    assert torch.equal(weights(0), standard) and torch.equal(weights(0, model="test_resnet_deform"), standard)
+    assert not torch.equal(weights(1), standard)
+
+
 def test_a_perfect_mask_costs_nothing_and_ignored_pixels_have_no_gradient():
     target = torch.randint(0, 2, (2, 8, 8))
     sure = 50 * torch.nn.functional.one_hot(target, 2).permute(0, 3, 1, 2).float()

@@ -7,7 +7,7 @@ from PIL import Image
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
 from timm_metricconv.recipes.config import ConfigError
-from timm_metricconv.recipes.visualise import VisualiseConfig, visualise
+from timm_metricconv.recipes.visualise import VisualiseConfig, load_image, visualise
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
@@ -38,6 +38,17 @@ def test_the_recipe_writes_its_pictures(tmp_path):
     ]
     for path in written:
         assert np.asarray(Image.open(path)).std() > 0
+
+
+def test_a_photograph_stands_upright_and_16_bits_are_refused(tmp_path):
+    """A camera writes how it was held, and Pillow would show 16 bits as white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it to the right
+    Image.new("RGB", (60, 30)).save(tmp_path / "photo.jpg", exif=exif)
+    assert load_image(str(tmp_path / "photo.jpg")).shape == (60, 30, 3)
+    Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(tmp_path / "scan.png")
+    with pytest.raises(ConfigError, match=r"scan\.png.* expected 8 bits a channel"):
+        load_image(str(tmp_path / "scan.png"))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
             _logger.warning(f'stem="cifar": the checkpoint\'s {_list(changed)} does not fit and starts untrained.')
             state_dict.update({key: own[key] for key in changed})
 
+    # older torch counted no batches; nn.BatchNorm2d takes its own number then
+    state_dict.update({k: v for k, v in own.items() if k.endswith(".num_batches_tracked") and k not in state_dict})
     missing = [k for k in own if k not in state_dict and not k.startswith(classifier)]
     unknown = [k for k in state_dict if k not in own and not k.startswith(classifier)]
     shapes = [

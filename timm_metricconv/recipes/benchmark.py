@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Opt
 
 import timm
 import torch
+from pydantic import PositiveInt
 from rich.progress import track
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -53,9 +54,9 @@ class BenchmarkConfig:
     csv: Optional[str] = option(
         None, "folder for benchmark-*.csv: -infer and -train of networks as timm has them, and ratios to nn.Conv2d"
     )
-    batch: int = option(8, "images in a layer's batch")
+    batch: PositiveInt = option(8, "images in a layer's batch")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of weights and images; positions are float32")
-    repeats: int = option(15, "timed repetitions of every peer, in turns")
+    repeats: PositiveInt = option(15, "timed repetitions of every peer, in turns")
     stride: List[int] = option([1, 2], "strides of the layers")
     models: List[str] = option(["resnet18", "resnet50"], "networks")
     backends: List[str] = option([], "backends by name; by default all that can run, the reference left out of models")
@@ -100,6 +101,10 @@ def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
     unknown = [name for name in config.backends if name not in BACKENDS]
     if unknown:
         raise ConfigError(f"backends: expected some of {', '.join(BACKENDS)}; got {unknown}.")
+    for name in config.backends:
+        reason = BACKENDS[name].why_not(config.device, 4)
+        if reason:
+            raise ConfigError(f"backends: {name!r} cannot run on device={config.device!r}: {reason}.")
     names = config.backends or [name for name in BACKENDS if reference or name != "reference"]
     return [name for name in names if BACKENDS[name].why_not(config.device, 4) is None]
 
@@ -377,6 +382,9 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would talk into the progress bar
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no GPU here; `python -m timm_metricconv` says what it sees.")
+    known = [name.removesuffix("_shifted") for name in timm.list_models("*_shifted")]
+    if not set(config.models) <= set(known):
+        raise ConfigError(f"models: expected some of {', '.join(known)}; got {config.models}.")
     records: List[Dict[str, Any]] = []
     for what, label, shape, peers in track(list(_cases(config)), "benchmark", console=console, transient=True):
         torch.manual_seed(0)
@@ -391,10 +399,10 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
         records += _time(config, what, label, x, ready)
         if config.output:
             write_atomic(config.output, json.dumps(records, indent=2) + "\n")
-    if config.csv:
-        write_timm_csv(config, records)
-        write_ratios_csv(config, records)
     rows = [_row(record, config.device) for record in records]
     threads = f"{torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name()
     print_table(rows, f"{config.device} ({threads}), {config.dtype}, torch {torch.__version__}")
+    if config.csv:
+        write_timm_csv(config, records)
+        write_ratios_csv(config, records)
     return records

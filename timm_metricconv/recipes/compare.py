@@ -14,9 +14,9 @@ from .diagnosis import mean_diagnosis, plot_geometry
 from .launch import LaunchConfig, run_all
 from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
-from .run import RunConfig, read_curves, write_config
+from .run import RunConfig, check_same_run, read_curves, write_config
 from .statistics import Difference, mean_interval, paired_difference
-from .train import TASKS, TrainConfig
+from .train import TASKS, Seed, TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
 # Run where they are named.
@@ -28,6 +28,14 @@ _COLOURS = {
     "metric": "#D55E00",
     "metric-geodesic": "#009E73",
 }
+
+# Rows may be added to a comparison, and it may go on elsewhere.
+ROWS = ("conv", "init", "kernel", "seeds", "launcher", "gpus_per_run")
+# What a comparison sets for each run.
+OWN = (
+    *("name", "output", "task", "seed", "model", "model_args"),
+    *("pretrained", "checkpoint", "kernel_start", "fixed_kernel"),
+)
 
 # What the runs of a cell start from: the standard network's weights everywhere; everywhere but in the kernels that are
 # adaptive in the other networks, which start uniform (the paper's own transfer); or none.
@@ -46,7 +54,7 @@ class CompareConfig(LaunchConfig, RunConfig):
     conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric, metric-geodesic, active, affine")
     init: List[Init] = option(["transfer", "scratch"], "transfer (TL), uniform (the paper's TL), scratch (SC)")
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
-    seeds: List[int] = option([0, 1], "one run for each")
+    seeds: List[Seed] = option([0, 1], "one run for each")
     source: Dict[str, Any] = option({}, "training of the standard classifier that warm starts load; empty: the Hub's")
     train: Dict[str, Any] = option({}, "training, the same for every run (see scripts/train.py --help)")
 
@@ -115,7 +123,7 @@ def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost:
     scores: Dict[str, Any] = {}
     for score in TASKS[config.task].scores:
         values = [run[score] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = statistics.stdev(values) if len(values) > 1 else None
         scores.update({f"{score}_mean": statistics.mean(values), f"{score}_std": spread, score: values})
     return {
         **cell._asdict(),
@@ -151,12 +159,16 @@ def _versus(record: Dict[str, Any]) -> str:
     return f"{difference.difference:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {difference.verdict}"
 
 
+def _score(mean: float, spread: Optional[float]) -> str:
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
+
+
 def _row(record: Dict[str, Any], task: str) -> Dict[str, Any]:
     """What a table for people has room for."""
     shown = {name: label for name, label in TASKS[task].scores.items() if name != "top5"}
     return {
         **{key: record[key] for key in Cell._fields},
-        **{f"{label} (%)": f"{record[f'{key}_mean']:.2f} ± {record[f'{key}_std']:.2f}" for key, label in shown.items()},
+        **{f"{label} (%)": _score(record[f"{key}_mean"], record[f"{key}_std"]) for key, label in shown.items()},
         "vs standard, 95 %": _versus(record),
         "params": f"{record['params']:,}",
         "predictors": f"{record['predictor_params']:,}",
@@ -231,6 +243,11 @@ def _check(config: CompareConfig) -> None:
     for key in ("conv", "init", "kernel", "seeds"):
         if not getattr(config, key):
             raise ConfigError(f"{key}: the list is empty, there is nothing to compare.")
+        if len(set(getattr(config, key))) < len(getattr(config, key)):
+            raise ConfigError(f"{key}: expected different ones; got {getattr(config, key)}.")
+    for key in OWN:
+        if key in config.train:
+            raise ConfigError(f"train.{key}: the comparison sets it for each run; leave it out.")
     _train_config(config)
     build(TrainConfig, config.source, where="source")
 
@@ -248,6 +265,7 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
         ConfigError: The configuration cannot be used.
     """
     _check(config)
+    check_same_run(config, free=ROWS)
     write_config(config)
     costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
     checkpoint = _source_checkpoint(config)

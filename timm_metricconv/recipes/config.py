@@ -130,8 +130,11 @@ def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
             raise ConfigError(f"command line: expected --key value, got {word!r}.")
     result: Dict[str, Any] = {}
     for key, *words in found:
-        typed = "." not in key
-        read = [w if typed and w[:1] not in "[{" and w != "null" else yaml.load(w, _Loader) for w in words or ["true"]]
+        typed, words = "." not in key, words or ["true"]
+        try:
+            read = [w if typed and w[:1] not in "[{" and w != "null" else yaml.load(w, _Loader) for w in words]
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: this is not YAML: {error}") from None
         value = read[0] if len(read) == 1 else read
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -181,10 +184,10 @@ def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> N
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         run(from_command_line(cls, description or "", arguments))
-    except (RecipeError, OSError) as error:
+    except (RecipeError, OSError, ImportError) as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from the last checkpoint.") from None
+        raise SystemExit("interrupted: the same command goes on where it can, or starts again.") from None

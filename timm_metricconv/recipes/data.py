@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data import create_dataset, create_loader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
@@ -26,10 +26,15 @@ STATISTICS = {
 }
 # Our names of torchvision's data sets.
 TORCHVISION = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100", "fashion-mnist": "torch/fashion_mnist"}
+# Prefixes of timm's `create_dataset`. It reads a name with another prefix from the folder `data_dir`, whatever it says.
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 # So many images of a folder are decoded before training begins, some seconds' work: all of them, or spread evenly.
 CHECKED_IMAGES = 2000
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
 @dataclass
@@ -46,13 +51,13 @@ class DataConfig:
     val_warp: Dict[str, Any] = option({}, "what is otherwise on the validation images, each warped once and for all")
     mean: List[float] = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
     std: List[float] = option([], "likewise")
-    scale: List[float] = option([0.08, 1.0], "area range of RandomResizedCrop")
-    ratio: List[float] = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    color_jitter: float = option(0.0, "strength of colour jitter")
+    scale: Range = option([0.08, 1.0], "area range of RandomResizedCrop")
+    ratio: Range = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
+    hflip: Probability = option(0.5, "probability of a horizontal flip")
+    color_jitter: NonNegativeFloat = option(0.0, "strength of colour jitter")
     auto_augment: Optional[str] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
-    re_prob: float = option(0.0, "probability of random erasing")
-    crop_pct: Optional[float] = option(None, "centre crop of the validation images; by default the model's own")
+    re_prob: Probability = option(0.0, "probability of random erasing")
+    crop_pct: Optional[PositiveFloat] = option(None, "centre crop of the validation images; by default the model's own")
     interpolation: Optional[str] = option(None, "resizing; by default the model's own, in training random")
     batch_size: PositiveInt = option(128, "images in a batch, on each device")
     workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
@@ -125,6 +130,8 @@ def _digits(classes: str, train: bool) -> ArrayDataset:
         raise ConfigError(f"data: expected digits or digits/FIRST-LAST, got 'digits/{classes}'.") from None
     digits = load_digits()
     keep = (digits.target >= first) & (digits.target <= last)
+    if not keep.any():
+        raise ConfigError(f"data: expected digits/FIRST-LAST from 0 to 9, got 'digits/{classes}'.")
     images, labels = (digits.images[keep] * 255 / 16).astype(np.uint8), digits.target[keep] - first
     split = (np.arange(len(labels)) % 4 != 3) == train
     return ArrayDataset(images[split], labels[split], last - first + 1)
@@ -183,11 +190,11 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         except RuntimeError as error:  # timm's, where there is no image
             raise ConfigError(f"data: {config.data!r}: {error}") from None
     known = TORCHVISION.get(config.data)
-    if (not known and "/" not in config.data) or config.data.startswith((".", "/")):
+    if not known and not config.data.startswith(TIMM_PREFIXES):
         raise ConfigError(
             f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, textures, "
-            "fashion-mnist, cifar10, cifar100). A data set of timm's create_dataset has a prefix: torch/…, hfds/…, "
-            "hfids/…, wds/…, tfds/…"
+            "fashion-mnist, cifar10, cifar100). A data set of timm's create_dataset begins with "
+            f"{', '.join(TIMM_PREFIXES)}."
         )
     os.makedirs(config.data_dir, exist_ok=True)
     try:
@@ -262,6 +269,16 @@ def _subset(key: str, dataset: Dataset, count: int, least: int, seed: int) -> Op
     return stratified_subset(labels, count, seed)
 
 
+def check_depth(image: Image.Image) -> None:
+    """Refuses a picture of more than 8 bits a channel, which Pillow would clip and not scale.
+
+    Raises:
+        OSError: It is of such a mode.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise OSError(f"mode {image.mode!r}: expected 8 bits a channel; scale it to 0…255 and save it again.")
+
+
 @lru_cache
 def _check_files(files: Tuple[str, ...]) -> None:
     """Decodes images, the JPEG ones at an eighth of their size, and refuses one that cannot be decoded."""
@@ -271,6 +288,7 @@ def _check_files(files: Tuple[str, ...]) -> None:
             with Image.open(file) as image:
                 image.draft(None, (1, 1))
                 image.load()
+                check_depth(image)
         except Exception as error:  # each of Pillow's decoders has exceptions of its own
             return f"{file}: {error}"
         return None
@@ -311,9 +329,11 @@ def _check(config: DataConfig, train: Dataset, val: Dataset) -> None:
 
 def class_count(config: DataConfig, dataset: Dataset) -> int:
     """`num_classes`, or what the data set knows."""
-    if config.num_classes:
-        return config.num_classes
     classes = _classes(dataset)
+    if config.num_classes:
+        if classes and len(classes) > config.num_classes:
+            raise ConfigError(f"num_classes: {config.data!r} has {len(classes)} classes; got {config.num_classes}.")
+        return config.num_classes
     if not classes:
         raise ConfigError(f"num_classes: {config.data!r} does not tell how many classes it has; set it.")
     return len(classes)

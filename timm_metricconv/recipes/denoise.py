@@ -48,7 +48,7 @@ def denoise(config: DenoiseConfig) -> List[Dict[str, Any]]:
         for number, cell in enumerate(cells, 1):
             path = config.folder / "cells" / f"{cell.label}.pt"
             if path.exists():
-                done[cell] = torch.load(path, weights_only=True)
+                done[cell] = torch.load(path, weights_only=True, map_location="cpu")
                 continue
             task = bar.add_task(cell.label, total=config.steps if single else config.epochs)
             advance = functools.partial(bar.advance, task)

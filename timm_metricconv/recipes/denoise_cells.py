@@ -116,6 +116,8 @@ def check(config: DenoiseConfig) -> None:
     for key in ("k", "sigma", "method", "kernel"):
         if not getattr(config, key):
             raise ConfigError(f"{key}: the list is empty, there is nothing to do.")
+    if "metric" in config.method and not config.eps_omega:
+        raise ConfigError("eps_omega: the list is empty; method metric needs a margin.")
     if config.data == "image" and config.kernel != ["fixed"]:
         raise ConfigError("kernel: with data=image the geometry is what is fitted, the kernel is fixed.")
     heuristics = [method for method in config.method if method in HEURISTICS]

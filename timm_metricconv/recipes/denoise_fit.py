@@ -140,7 +140,7 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
         "train_mse": train_mse,
         "test_mse": test_mse,
         "psnr": _psnr(test_mse),
-        "gap": (test_mse - train_mse) / train_mse,
+        "gap": (test_mse - train_mse) / max(train_mse, 1e-12),  # a filter may keep a black image
         "paper_gap": paper,
     }
     balls = _sample_balls(model, noisy["test"], _edge(clean))
@@ -190,7 +190,7 @@ def fit_data_set(config: DenoiseConfig, cell: Cell, paths: Dict[str, List[str]],
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser, curve = torch.optim.Adam(learned, lr=learning_rate(config, cell.method) or 1e-4), []
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, weights_only=True, map_location="cpu")
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         curve = saved["curve"]

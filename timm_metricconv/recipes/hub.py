@@ -24,7 +24,7 @@ WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 TRAINING_KEYS = (
     *("epochs", "batch_size", "grad_accum", "input_size", "opt", "lr", "predictor_lr", "predictor_regulariser"),
     *("weight_decay", "sched", "warmup_epochs", "clip_grad", "smoothing", "mixup", "cutmix", "auto_augment"),
-    *("re_prob", "hflip", "ema_decay", "amp", "fixed_kernel", "seed"),
+    *("re_prob", "hflip", "ema_decay", "amp", "fixed_kernel", "seed", "train_images", "val_images", "warp", "val_warp"),
 )
 CITATION = """@inproceedings{dages2025metric,
   title     = {Metric Convolutions: A Unifying Theory to Adaptive Image Convolutions},
@@ -150,7 +150,8 @@ def model_card(run: Run, name: str, source: str, license: Optional[str] = None) 
     started = timm.get_pretrained_cfg(training["model"]) if training.get("pretrained") else None
     task = "image-classification"
     results = []
-    if data and "top1" in run.summary:
+    # a number of some images, or of warped ones, is not the data set's
+    if data and "top1" in run.summary and not any(training.get(key) for key in ("val_images", "warp", "val_warp")):
         accuracy = round(run.summary["top1"], 2)
         results = [EvalResult(task, data.split("/")[0], data, "accuracy", accuracy, metric_name="top-1 (%)")]
     metadata = ModelCardData(
@@ -162,7 +163,7 @@ def model_card(run: Run, name: str, source: str, license: Optional[str] = None) 
         model_name=name if results else None,
         eval_results=results or None,
     )
-    shown = {key: training[key] for key in TRAINING_KEYS if training.get(key) not in (None, "", [], {}, 0)}
+    shown = {key: training[key] for key in TRAINING_KEYS if training.get(key) not in (None, "", [], {})}
     starts = {"pretrained": "pretrained weights", "checkpoint": "a checkpoint"}
     start = next((text for key, text in starts.items() if training.get(key)), "scratch")
     trained = f"On {data}, from {start}, with `scripts/train.py`.\n\n{_table(shown, ('setting', 'value'))}"

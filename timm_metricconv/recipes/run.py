@@ -1,6 +1,7 @@
 """What recipes share about a run: its folder, whether the folder holds that very run, its curves, its progress."""
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -28,6 +29,23 @@ class RunConfig:
         return Path(self.output or f"runs/{self.name}")
 
 
+def _flat(values: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: Dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict) and value
+        flat.update(_flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+    return flat
+
+
+def _settings(values: Dict[str, Any]) -> Dict[str, Any]:
+    """What a run's results follow from; a checkpoint beside the run stays the same where both are moved."""
+    values = dict(values)
+    if values.get("checkpoint"):
+        values["checkpoint"] = os.path.relpath(values["checkpoint"], values.get("output") or ".")
+    return {key: value for key, value in _flat(values).items() if key.rpartition(".")[2] not in PLACES}
+
+
 def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
     """Refuses to go on in a folder that holds a run of another configuration.
 
@@ -38,13 +56,13 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: Another key differs; it is named.
     """
-    path, resolved = config.folder / "config.yaml", plain(config)
+    path = config.folder / "config.yaml"
     if not path.exists():
         return
-    begun = yaml.safe_load(path.read_text())
-    changed = [key for key in resolved if key not in (*PLACES, *free) and begun.get(key) != resolved[key]]
+    begun, resolved = _settings(yaml.safe_load(path.read_text())), _settings(plain(config))
+    changed = [key for key in {**resolved, **begun} if key not in free and begun.get(key) != resolved.get(key)]
     if changed:
-        what = ", ".join(f"{key} ({begun.get(key)} → {resolved[key]})" for key in changed)
+        what = ", ".join(f"{key} ({begun.get(key)} → {resolved.get(key)})" for key in changed)
         raise ConfigError(
             f"output: {config.folder} holds a run with another {what}. Give another --output or remove it."
         )

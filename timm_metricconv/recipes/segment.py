@@ -64,6 +64,9 @@ def build_segmenter(config: "TrainConfig", num_classes: int) -> nn.Module:
             **config.model_args,
             **config.decoder_args,
         )
+        # smp draws an encoder first, which takes another number of draws for each convolution
+        torch.manual_seed(config.seed)
+        model.initialize()
         features = model.encoder.model
         if not isinstance(features, FeatureListNet):
             raise ValueError("its features are not those of a network of stages")
@@ -94,17 +97,20 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, smoothing: float = 0.0):
         super().__init__()
-        self.entropy = nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=smoothing)
+        self.entropy = nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
         self.dice = _smp().losses.DiceLoss("multiclass", ignore_index=IGNORED)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Logits `[B, C, H, W]` and class numbers `[B, H, W]` → a number."""
-        return self.entropy(output, target) + self.dice(output.float(), target)
+        # the mean of a batch whose pixels are all ignored would be NaN
+        pixels = (target != IGNORED).sum().clamp(min=1)
+        return self.entropy(output, target) / pixels + self.dice(output.float(), target)
 
 
 def _measure(output: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy, then true and false positives, false and true negatives of each class: `[B, 1 + 4·C]`."""
-    loss = nn.functional.cross_entropy(output, target, ignore_index=IGNORED, reduction="none").mean((1, 2))
+    losses = nn.functional.cross_entropy(output, target, ignore_index=IGNORED, reduction="none")
+    loss = losses.sum((1, 2)) / (target != IGNORED).sum((1, 2)).clamp(min=1)
     counts = _smp().metrics.get_stats(
         output.argmax(1), target, mode="multiclass", num_classes=output.shape[1], ignore_index=IGNORED
     )
@@ -112,14 +118,16 @@ def _measure(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _summarise(rows: Tensor) -> Dict[str, float]:
-    """Dice and IoU in percent: counts of all images together, then the mean over the classes but the background."""
+    """Dice and IoU in percent: counts of all images together, then the mean over the classes but the background.
+
+    A class that is neither in the masks nor in the predictions counts nowhere.
+    """
     rows = rows.double()
-    counts = [count[:, 1:].long() for count in rows[:, 1:].chunk(4, 1)]
-    metrics = _smp().metrics
+    hits, wrong, missed, _ = (count[:, 1:].sum(0) for count in rows[:, 1:].chunk(4, 1))
     return {
         "val_loss": rows[:, 0].mean().item(),
-        "dice": 100 * metrics.f1_score(*counts, reduction="macro").item(),
-        "iou": 100 * metrics.iou_score(*counts, reduction="macro").item(),
+        "dice": 100 * (2 * hits / (2 * hits + wrong + missed)).nanmean().item(),
+        "iou": 100 * (hits / (hits + wrong + missed)).nanmean().item(),
     }
 
 

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .config import ConfigError
-from .data import image_size, normalisation, textures
+from .data import check_depth, image_size, normalisation, textures
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -140,7 +140,8 @@ def _pairs(root: str, split: str) -> Tuple[Tuple[Path, Path, Tuple[int, ...]], .
                 size = picture.size  # before a JPEG file is decoded at an eighth of it
                 picture.draft(None, (1, 1))
                 picture.load()
-        except OSError as error:
+                check_depth(picture)
+        except (OSError, Image.DecompressionBombError) as error:
             raise ConfigError(f"data: {split}: {name!r} cannot be read; remove it or put it right: {error}") from None
         if size != mask.shape[::-1]:
             raise ConfigError(f"data: {image} is {size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]} pixels.")

@@ -52,6 +52,7 @@ def _known_optimiser(name: str) -> str:
 Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
 Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass
@@ -79,7 +80,7 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
     grad_accum: PositiveInt = option(1, "batches in one optimiser step")
     channels_last: bool = option(True, "memory format of network and images")
-    seed: int = option(0, "seed of weights, order and augmentation")
+    seed: Seed = option(0, "seed of weights, order and augmentation")
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:

@@ -23,6 +23,7 @@ from ..viz import (
     strong_edges,
 )
 from .config import ConfigError, option
+from .data import check_depth
 from .network import create_model, randomise_predictors
 from .report import write_atomic
 from .run import RunConfig
@@ -67,8 +68,10 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
     numpy, pillow = need("numpy", "numpy"), need("PIL.Image", "pillow")
     if Path(name).is_file():
         try:
-            picture = pillow.open(name).convert("RGB")
-        except OSError as error:
+            with pillow.open(name) as file:
+                check_depth(file)
+                picture = need("PIL.ImageOps", "pillow").exif_transpose(file).convert("RGB")
+        except (OSError, pillow.DecompressionBombError) as error:
             raise ConfigError(f"image: {name!r} is no image that Pillow can read ({error}).") from None
     else:
         library, parts = need("skimage.data", "scikit-image"), []
