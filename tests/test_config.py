@@ -96,6 +96,7 @@ def test_a_file_and_a_word_read_alike(tmp_path):
         ("--smoothing 1", "smoothing: expected a number less than 1"),
         ("--hflip 2", "hflip: expected a number less than or equal to 1; got '2'"),
         ("--scale 0.5", "scale: expected|scale: List should have at least 2 items"),
+        ("--interpolation linear", "interpolation: expected 'nearest', 'bilinear'"),
         ("--crop_pct -1", "crop_pct: expected a number greater than 0"),
         ("--seed -1", "seed: expected a number greater than or equal to 0"),
         ("--opt nonsense", "opt: expected an optimiser of timm's, such as .*adamw.*; got 'nonsense'"),

@@ -193,3 +193,10 @@ def test_converted_network_is_copied_whole():
     assert other.shared is other.again and other.shared is not model.shared
     x = torch.randn(1, 3, 6, 6)
     assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_convolutions_whose_weight_is_computed_stay(wrap):
+    """Its weight is no parameter that a layer could take over."""
+    model = nn.Sequential(wrap(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    assert list(convert(model, "metric")) == ["1"]

@@ -113,3 +113,10 @@ def test_counts():
     added = sum(parameter.numel() for layer in layers for parameter in layer.predictor.parameters())
     assert before["predictor_params"] == 0 and added > 0
     assert parameter_counts(model) == {"params": before["params"] + added, "predictor_params": added}
+
+
+def test_a_folder_without_a_classifier_is_refused_in_one_line(tmp_path):
+    """A segmentation run's model/, say."""
+    (tmp_path / "config.json").write_text('{"encoder_name": "tu-resnet18"}')
+    with pytest.raises(ConfigError, match=r"has no 'architecture' in its config\.json"):
+        create_model(f"local-dir:{tmp_path}", {})

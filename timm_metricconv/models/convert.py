@@ -14,6 +14,8 @@ def _convertible(conv: nn.Module) -> bool:
     # Subclasses of nn.Conv2d (standardised weights, TensorFlow padding) compute something else, so they stay.
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
         return False
+    if "weight" not in conv._parameters:  # weight_norm, spectral_norm or pruning makes it anew at each call
+        return False
     k = conv.kernel_size
     if k[0] != k[1] or k[0] == 1:
         return False

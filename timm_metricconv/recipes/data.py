@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CHECKED_IMAGES = 2000
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
@@ -58,7 +59,7 @@ class DataConfig:
     auto_augment: Optional[str] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
     re_prob: Probability = option(0.0, "probability of random erasing")
     crop_pct: Optional[PositiveFloat] = option(None, "centre crop of the validation images; by default the model's own")
-    interpolation: Optional[str] = option(None, "resizing; by default the model's own, in training random")
+    interpolation: Optional[Interpolation] = option(None, "resizing; by default the model's own, in training random")
     batch_size: PositiveInt = option(128, "images in a batch, on each device")
     workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
 

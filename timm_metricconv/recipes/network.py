@@ -52,6 +52,8 @@ def create_model(
         raise ConfigError(f"model_args: {name} refuses {model_args}: {error}") from error
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(f"model: {name} cannot be loaded: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"model: {name} has no {error} in its config.json; it is no network of timm's.") from error
 
 
 def _read_checkpoint(path: str, allow_pickle: bool) -> Dict[str, Tensor]:

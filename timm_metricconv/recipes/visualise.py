@@ -3,10 +3,10 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from ..layers import BallConv2d
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+Point = Annotated[List[float], Field(min_length=2, max_length=2)]
+
 
 @dataclass
 class VisualiseConfig(RunConfig):
@@ -44,7 +46,7 @@ class VisualiseConfig(RunConfig):
     metric: Dict[str, Any] = option({}, "the metric built from the image: arguments of geometry.image_metric")
     smoothing: NonNegativeFloat = option(2.0, "Gaussian before the image's gradient, standard deviation in pixels")
     spacing: PositiveFloat = option(24.0, "distance between two balls in pixels of the image")
-    points: List[List[float]] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
+    points: List[Point] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
     model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model")
     pretrained: bool = option(False, "load the model's weights")
