@@ -38,12 +38,8 @@ def _flat(values: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
     return flat
 
 
-def _settings(values: Dict[str, Any]) -> Dict[str, Any]:
-    """What a run's results follow from; a checkpoint beside the run stays the same where both are moved."""
-    values = dict(values)
-    if values.get("checkpoint"):
-        values["checkpoint"] = os.path.relpath(values["checkpoint"], values.get("output") or ".")
-    return {key: value for key, value in _flat(values).items() if key.rpartition(".")[2] not in PLACES}
+def _checkpoint_from_run(values: Dict[str, Any]) -> Optional[str]:
+    return os.path.relpath(values["checkpoint"], values.get("output") or ".") if values.get("checkpoint") else None
 
 
 def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
@@ -59,8 +55,12 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
     path = config.folder / "config.yaml"
     if not path.exists():
         return
-    begun, resolved = _settings(yaml.safe_load(path.read_text())), _settings(plain(config))
-    changed = [key for key in {**resolved, **begun} if key not in free and begun.get(key) != resolved.get(key)]
+    begun, resolved = yaml.safe_load(path.read_text()), plain(config)
+    if _checkpoint_from_run(begun) == _checkpoint_from_run(resolved):  # the run was moved, and its checkpoint with it
+        begun["checkpoint"] = resolved.get("checkpoint")
+    begun, resolved = _flat(begun), _flat(resolved)
+    fixed = [key for key in {**resolved, **begun} if key not in free and key.rpartition(".")[2] not in PLACES]
+    changed = [key for key in fixed if begun.get(key) != resolved.get(key)]
     if changed:
         what = ", ".join(f"{key} ({begun.get(key)} → {resolved.get(key)})" for key in changed)
         raise ConfigError(
