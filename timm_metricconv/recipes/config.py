@@ -190,4 +190,4 @@ def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> N
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on where it can, or starts again.") from None
+        raise SystemExit("interrupted: the same command goes on from the last checkpoint, if there is one.") from None
