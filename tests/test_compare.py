@@ -41,6 +41,14 @@ def tiny(tmp_path, **changes) -> CompareConfig:
     return CompareConfig(**values)
 
 
+def test_a_refused_command_leaves_nothing(tmp_path):
+    """So the same command put right may write there."""
+    for changes in ({"train": {"data": "nowhere"}}, {"model_args": {"conv_cfg": {"eps_omga": 1}}}):
+        with pytest.raises(ConfigError):
+            compare(tiny(tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_table_resume_and_kernels(tmp_path, monkeypatch):
     config = tiny(tmp_path)

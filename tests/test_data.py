@@ -1,5 +1,7 @@
 """What a network is shown: warps, subsets, and the refusal of data that cannot be trained on."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +187,10 @@ def test_fashion_mnist(tmp_path, monkeypatch):
     image, label = train[13]
     assert label == 3 and image.mode == "RGB" and image.size == (28, 28)
     assert np.array_equal(pixels(image)[..., 0].ravel(), np.arange(13 * 784, 14 * 784) % 251)
+    for broken in (b"", b"no gzip", (tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes()[:-20]):
+        (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"^data: fashion-mnist cannot be read from"):
+            make_datasets(DataConfig(data="fashion-mnist"))
 
 
 # ---------------------------------------------------------------- subsets
@@ -253,8 +259,12 @@ def test_a_good_folder_has_subsets_and_warps(folder):
         (lambda f: [p.unlink() for p in (f / "train/dog").iterdir()], "no training image of class dog"),
         (lambda f: [p.unlink() for p in f.glob("train/*/*")], "Found 0 images"),
         (lambda f: [p.unlink() for p in f.glob("train/dog/[123].jpg")], "one training image of class dog"),
+        (lambda f: [shutil.rmtree(p) for p in f.glob("*/dog")], "has one class; there is nothing to tell apart"),
     ],
-    ids=["no image", "truncated", "16 bits", "class missing in val", "class missing in train", "empty", "one image"],
+    ids=[
+        *("no image", "truncated", "16 bits", "class missing in val", "class missing in train", "empty", "one image"),
+        "one class",
+    ],
 )
 def test_bad_folders(folder, spoil, message):
     """One line before training; timm alone would show the next image in the place of a broken one."""

@@ -111,3 +111,10 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r'pip install "timm_metricconv\[cluster\]"'):
         list(run_all([], LaunchConfig(launcher="ray")))
+
+
+def test_no_cluster_at_the_address(monkeypatch):
+    pytest.importorskip("ray", reason="needs the extra [cluster]")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"launcher: there is no cluster at RAY_ADDRESS=127.0.0.1:1: .*refused"):
+        list(run_all([], LaunchConfig(launcher="ray")))

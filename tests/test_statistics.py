@@ -43,6 +43,7 @@ def test_words():
     assert Difference(1.0, 0.1, 1.9).verdict == "higher"
     assert Difference(-1.0, -1.9, -0.1).verdict == "lower"
     assert Difference(1.0, -0.1, 2.1).verdict == Difference(0.0, 0.0, 0.0).verdict == "no difference"
+    assert Difference(1.0, 1.0, 1.0).verdict == "no difference"  # two seeds that happen to differ alike
 
 
 def test_few_seeds():

@@ -76,13 +76,14 @@ def weights(folder: Path):
 @pytest.mark.slow
 def test_what_a_run_writes(tmp_path, images):
     config = tiny(tmp_path, images)
-    summary = train(config, quiet=True)
+    summary = train(config)
     folder = config.folder
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["top1"] > 90
     assert len((folder / "curves.csv").read_text().splitlines()) == 1 + config.epochs
     assert "lr: 0.002" in (folder / "config.yaml").read_text()
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
+    assert (folder / "geometry.png").stat().st_size > 1000
     model = timm.create_model(f"local-dir:{folder}/model", pretrained=True)
     assert model.num_classes == 2 and model.pretrained_cfg["input_size"] == (3, 16, 16)
     record = validate(ValidateConfig(model=f"local-dir:{folder}/model", data=images, workers=0, batch_size=5))

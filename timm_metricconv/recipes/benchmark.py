@@ -24,7 +24,7 @@ from ..layers import LAYERS, BallConv2d
 from ..ops import BACKENDS
 from .compile_report import compile_report
 from .config import ConfigError, option
-from .network import count_activations, count_macs, randomise_predictors
+from .network import count_activations, count_macs, create_model, randomise_predictors
 from .report import console, print_table, update_csv, write_atomic
 
 # Name of a peer → the kind of its layers, and their arguments
@@ -134,13 +134,14 @@ def _depthwise_peers(config: BenchmarkConfig, channels: int, backends: List[str]
 
 
 def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Peers:
-    yield Peer("conv2d", "torch", timm.create_model(f"{model}_metric", stem=stem, stages=[]))
-    network = timm.create_model(f"{model}_deform", stem=stem, conv_cfg={"backend": "torchvision"})
+    yield Peer("conv2d", "torch", create_model(f"{model}_metric", {"stem": stem, "stages": []}))
+    network = create_model(f"{model}_deform", {"stem": stem, "conv_cfg": {"backend": "torchvision"}})
     yield Peer("torchvision_deform", "torchvision", randomise_predictors(network))
     for name, (kind, conv_cfg) in OURS.items():
         for backend in backends:
             if (name, backend) != ("deform", "torchvision"):
-                network = timm.create_model(f"{model}_{kind}", stem=stem, conv_cfg={"backend": backend, **conv_cfg})
+                arguments = {"stem": stem, "conv_cfg": {"backend": backend, **conv_cfg}}
+                network = create_model(f"{model}_{kind}", arguments)
                 yield Peer(name, backend, randomise_predictors(network))
 
 
@@ -328,7 +329,7 @@ def write_timm_csv(config: BenchmarkConfig, records: List[Dict[str, Any]]) -> No
                 name = model if peer == "conv2d" else f"{model}_{peer}"
                 if not found or not timm.is_model(name):  # geodesic balls have no name of their own
                     continue
-                network, ms = timm.create_model(name), found[0]["median_ms"]
+                network, ms = create_model(name, {}), found[0]["median_ms"]
                 row = {
                     "model": name,
                     f"{kind}_samples_per_sec": f"{batch / ms * 1e3:.2f}",

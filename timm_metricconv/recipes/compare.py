@@ -266,8 +266,8 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     """
     _check(config)
     check_same_run(config, free=ROWS)
-    write_config(config)
     costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
+    write_config(config)  # not before data and networks were seen to be there: a refused command leaves nothing behind
     checkpoint = _source_checkpoint(config)
     score, label = _deciding(config)
     cells = [(cell, seed) for cell in _cells(config) for seed in config.seeds]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Type, TypeVar, Union, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 C = TypeVar("C")
 
@@ -32,7 +32,8 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
     """`value` as a field of type `kind`; what is no list is a list of one where a list is wanted."""
     try:
         alone = get_origin(kind) is list and not isinstance(value, (list, tuple))
-        return TypeAdapter(kind).validate_python([value] if alone else value)
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        return adapter.validate_python([value] if alone else value)
     except ValidationError as error:
         first = error.errors()[0]
         expected = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Sequ
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from timm.data import create_dataset, create_loader
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from timm.data import create_dataset, create_loader, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,7 +36,33 @@ CHECKED_IMAGES = 2000
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2)]
+
+
+def _ascending(pair: List[float]) -> List[float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the least and then the most")
+    return pair
+
+
+def _of_channels(numbers: List[float]) -> List[float]:
+    if len(numbers) not in (0, 3):
+        raise ValueError("a number for each of the three channels")
+    return numbers
+
+
+def _known_policy(policy: Optional[str]) -> Optional[str]:
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, KeyError, ValueError, IndexError):  # timm's, by what it cannot read
+        raise ValueError("a policy of timm's, such as rand-m9-mstd0.5-inc1 or augmix-m3") from None
+    return policy
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
+Mean = Annotated[List[float], AfterValidator(_of_channels)]
+Spread = Annotated[List[PositiveFloat], AfterValidator(_of_channels)]
+Policy = Annotated[Optional[str], AfterValidator(_known_policy)]
 
 
 @dataclass
@@ -50,15 +77,15 @@ class DataConfig:
     val_images: NonNegativeInt = option(0, "validate on so many, the same for every seed; 0: on all")
     warp: Dict[str, Any] = option({}, "random warps: rotation, scale, stretch, perspective, elastic")
     val_warp: Dict[str, Any] = option({}, "what is otherwise on the validation images, each warped once and for all")
-    mean: List[float] = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
-    std: List[float] = option([], "likewise")
+    mean: Mean = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
+    std: Spread = option([], "likewise")
     scale: Range = option([0.08, 1.0], "area range of RandomResizedCrop")
     ratio: Range = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
     hflip: Probability = option(0.5, "probability of a horizontal flip")
     color_jitter: NonNegativeFloat = option(0.0, "strength of colour jitter")
-    auto_augment: Optional[str] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
+    auto_augment: Policy = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
     re_prob: Probability = option(0.0, "probability of random erasing")
-    crop_pct: Optional[PositiveFloat] = option(None, "centre crop of the validation images; by default the model's own")
+    crop_pct: Optional[Share] = option(None, "centre crop of the validation images; by default the model's own")
     interpolation: Optional[Interpolation] = option(None, "resizing; by default the model's own, in training random")
     batch_size: PositiveInt = option(128, "images in a batch, on each device")
     workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
@@ -166,10 +193,13 @@ def _textures(train: bool, size: int = 32) -> ArrayDataset:
 def _fashion_mnist(folder: Path, train: bool) -> ArrayDataset:
     """Zalando's 70,000 pictures of clothes, 28×28, from the four files that its authors publish."""
     prefix = folder / ("train" if train else "t10k")
-    images, labels = (
-        np.frombuffer(gzip.decompress(Path(f"{prefix}-{file}-ubyte.gz").read_bytes()), np.uint8, offset=header)
-        for file, header in (("images-idx3", 16), ("labels-idx1", 8))
-    )
+    try:
+        images, labels = (
+            np.frombuffer(gzip.decompress(Path(f"{prefix}-{file}-ubyte.gz").read_bytes()), np.uint8, offset=header)
+            for file, header in (("images-idx3", 16), ("labels-idx1", 8))
+        )
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ConfigError(f"data: fashion-mnist cannot be read from {str(folder)!r}: {error}") from None
     return ArrayDataset(images.reshape(-1, 28, 28), labels.tolist(), 10)
 
 
@@ -318,6 +348,8 @@ def _check(config: DataConfig, train: Dataset, val: Dataset) -> None:
         if len(absent):
             raise ConfigError(f"data: {config.data!r} has no validation image of class {absent[0]}.")
         classes, counts = np.unique(labels[0], return_counts=True)
+        if len(classes) < 2:
+            raise ConfigError(f"data: {config.data!r} has one class; there is nothing to tell apart.")
         if counts.min() < 2:
             label = int(classes[counts.argmin()])
             raise ConfigError(

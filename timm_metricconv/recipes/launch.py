@@ -1,6 +1,7 @@
 """Independent training runs: one after another, or spread by Ray over cores, GPUs and machines."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Literal, Sequence
 
@@ -53,12 +54,14 @@ def _with_ray(runs: Sequence[TrainConfig], config: LaunchConfig) -> Iterator[Dic
     except ImportError:
         raise ConfigError('launcher: "ray" needs Ray: pip install "timm_metricconv[cluster]".') from None
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "")
+        host, _, port = address.rpartition(":")
         try:
+            if port.isdigit() and "/" not in host:  # Ray itself would wait for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(log_to_driver=False)  # the cluster at RAY_ADDRESS, or one of this machine alone
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(
-                f"launcher: there is no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}"
-            ) from None
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(f"launcher: there is no cluster at RAY_ADDRESS={address}: {error}") from None
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus < config.gpus_per_run:
         raise ConfigError(f"gpus_per_run: expected at most the cluster's {gpus:g} GPUs; got {config.gpus_per_run:g}.")

@@ -15,7 +15,12 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "higher" or "lower" where the interval leaves zero out, else "no difference"."""
+        """ "higher" or "lower" where the interval leaves zero out, else "no difference".
+
+        An interval without width decides nothing: that a few seeds differ alike is a matter of few images.
+        """
+        if self.low == self.high:
+            return "no difference"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "no difference"
 
 

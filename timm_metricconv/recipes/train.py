@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError, build, option
 from .data import DataConfig
-from .diagnosis import diagnose, sample_images
+from .diagnosis import diagnose, plot_geometry, sample_images
 from .network import NetworkConfig, parameter_counts, parameter_groups, predictor_regulariser
-from .report import console, csv_text, print_table, write_atomic
+from .report import console, csv_text, print_table, save_figure, write_atomic
 from .run import RunConfig, check_same_run, progress, read_curves, write_config
 from .segment import SEGMENTATION, SegmentConfig
 from .tasks import CLASSIFICATION, Task
@@ -267,9 +267,10 @@ class _Trainer:
     def _check(self, total: Tensor, epoch: int, step: int) -> float:
         loss = float(self.accelerator.reduce(total, reduction="mean"))
         if not math.isfinite(loss):
+            kept = f"The state after epoch {epoch} is kept in {self.config.folder}; a" if epoch else "A"
             raise TrainingDiverged(
-                f"the loss is {loss} in epoch {epoch + 1}, step {step}. The last good state is kept in "
-                f"{self.config.folder}; a lower --lr, --warmup_epochs or --clip_grad may help (in another --output)."
+                f"the loss is {loss} in epoch {epoch + 1}, step {step}. {kept} lower --lr, --warmup_epochs or "
+                "--clip_grad may help (in another --output)."
             )
         return loss
 
@@ -322,11 +323,11 @@ def train(
     """Trains, or goes on with a run that was stopped; a complete run is only read.
 
     Writes into `config.folder`: `config.yaml` (resolved), `curves.csv`, `checkpoints/`, `model/` (the last epoch's
-    weights, the EMA's where there is one) and, at the end, `summary.json`.
+    weights, the EMA's where there is one) and, at the end, `summary.json` and (not where `quiet`) `geometry.png`.
 
     Args:
         config: The run.
-        quiet: No progress and no table.
+        quiet: No progress, no table and no picture.
         prepare: Called with the new network before training, e.g. to freeze parts of it.
 
     Returns:
@@ -364,6 +365,8 @@ def train(
         write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not quiet:
             print_table([{k: v for k, v in summary.items() if k != "geometry"}], f"{config.name}: {folder}")
+            if summary["geometry"]:
+                save_figure(plot_geometry({("", config.model): summary["geometry"]}, {}), folder / "geometry.png")
     trainer.accelerator.free_memory()
     return summary
 
