@@ -164,9 +164,9 @@ def as_shown(value, text):
     except ValueError:
         return value
     sign = "+" if text[:1] in ("+", "-", "−") else ""
-    decimals = re.fullmatch(r"\D*[\d,]*\.?(\d*)", text)
-    grouped = "," if "," in text else ""
-    return f"{number:{sign}{grouped}.{len(decimals[1]) if decimals else 9}f}"
+    decimals = re.fullmatch(r"\D*[\d,]*\.?(\d*)(e[-+]\d+)?", text)
+    grouped, form = "," if "," in text else "", "e" if decimals and decimals[2] else "f"
+    return f"{number:{sign}{grouped}.{len(decimals[1]) if decimals else 9}{form}}"
 
 
 def cell_of(template, row, cell, root):
@@ -210,17 +210,17 @@ def test_tables_are_what_the_results_say(page):
 
 def test_a_table_that_differs_is_found(tmp_path):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "a.csv").write_text("conv,top1,gain,params\nm,90.126,0.5,1234\nn,90,,1\n")
+    (tmp_path / "results" / "a.csv").write_text("conv,top1,gain,params\nm,90.126,0.5,1234\nn,90,,6.38e-05\n")
     (tmp_path / "results" / "b.csv").write_text("conv,top1\nn,80.5\nm,70.25\n")
     text = (
         "<!-- results/a.csv | {conv} | {top1} [{gain}] | {results/b.csv top1} | {params} -->\n\n"
         "| conv | top-1 | b | parameters |\n|---|---|---|---|\n"
-        "| m | 90.13 [+0.5] | 70.2 | 1,234 |\n| n | 90 [] | 80.5 | 1 |\n"
+        "| m | 90.13 [+0.5] | 70.2 | 1,234 |\n| n | 90 [] | 80.5 | 6.4e-05 |\n"
     )
     check_tables(text, tmp_path)
     more = text + "| o | 1 | 1 | 1 |\n"
     wrongs = [
-        text.replace(*pair) for pair in (("90.13", "90.12"), ("| m |", "| x |"), ("70.2", "70.3"), ("+0.5", "-0.5"))
+        text.replace(*pair) for pair in (("90.13", "90.12"), ("| m |", "| x |"), ("70.2", "70.3"), ("+0.5", "-0.5"), ("6.4e", "6.3e"))
     ]
     for wrong in (*wrongs, more):
         with pytest.raises(AssertionError, match=r"a\.csv"):
