@@ -122,6 +122,14 @@ def test_amp_no():
     assert build(TrainConfig, from_command_line(CompareConfig, "", ["--train.amp", "no"]).train).amp == "no"
 
 
+@pytest.mark.parametrize("key", ["lr", "epochs", "predictor_weight_decay"])
+def test_a_forgotten_value_is_no_number(key):
+    """YAML's true would be 1 to pydantic."""
+    values = from_command_line(CompareConfig, "", [f"--train.{key}"]).train
+    with pytest.raises(ConfigError, match=f"{key}: expected a valid (number|integer)"):
+        build(TrainConfig, values)
+
+
 def script(run, *arguments, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py", *arguments])
     main(run, Example, "")
@@ -155,6 +163,8 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         (["--steps", "1.5"], "steps: expected a valid integer"),
         (["--kind", "c"], "kind: expected 'a' or 'no'; got 'c'"),
         (["--flag", "3"], "flag: expected a valid boolean"),
+        (["--steps"], "steps: expected a valid integer"),
+        (["--rate"], "rate: expected a valid number"),
         (["--nested", "3"], "nested: expected a valid dictionary"),
         (["--nested", "3", "--nested.a", "4"], "nested: '3' is no dictionary, so it has no nested.a"),
         (["--nested.a", "3", "--nested.a.b", "4"], "nested.a: 3 is no dictionary, so it has no nested.a.b"),

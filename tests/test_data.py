@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from timm_metricconv.recipes import data as module
 from timm_metricconv.recipes.augmentation import Warp
 from timm_metricconv.recipes.config import ConfigError
-from timm_metricconv.recipes.data import DataConfig, make_datasets, make_loader, stratified_subset
+from timm_metricconv.recipes.data import DataConfig, class_names, make_datasets, make_loader, stratified_subset
 
 CFG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear", "input_size": (3, 16, 16)}
 WARP = {"rotation": 45, "scale": [0.5, 1.2], "stretch": 2, "perspective": 0.3, "elastic": 0.05}
@@ -235,6 +235,27 @@ def folder(tmp_path):
             for number in range(count):
                 noise().save(tmp_path / split / label / f"{number}.jpg")
     return tmp_path
+
+
+def test_images_of_all_kinds(folder):
+    """timm alone passes over them, and with them over a class that has no others."""
+    for split in ("train", "val"):
+        (folder / split / "emu").mkdir()
+        for number, suffix in enumerate(("webp", "bmp", "tif", "gif")):
+            noise().save(folder / split / "emu" / f"{number}.{suffix}")
+    train, _ = make_datasets(DataConfig(data=str(folder)))
+    assert len(train) == 12 and class_names(train) == ["cat", "dog", "emu"]
+    assert [train[index][0].size for index in range(8, 12)] == [noise().size] * 4
+
+
+def test_classes_are_numbered_as_timm_does(folder):
+    """Numbers in names are read as numbers."""
+    for split in ("train", "val"):
+        for number in (10, 9):
+            shutil.copytree(folder / split / "cat", folder / split / str(number))
+    train, _ = make_datasets(DataConfig(data=str(folder)))
+    assert class_names(train) == ["9", "10", "cat", "dog"]
+    assert class_names(make_datasets(DataConfig(data="digits"))[0]) is None
 
 
 def test_a_good_folder_has_subsets_and_warps(folder):

@@ -220,7 +220,8 @@ def test_a_table_that_differs_is_found(tmp_path):
     check_tables(text, tmp_path)
     more = text + "| o | 1 | 1 | 1 |\n"
     wrongs = [
-        text.replace(*pair) for pair in (("90.13", "90.12"), ("| m |", "| x |"), ("70.2", "70.3"), ("+0.5", "-0.5"), ("6.4e", "6.3e"))
+        text.replace(*pair)
+        for pair in (("90.13", "90.12"), ("| m |", "| x |"), ("70.2", "70.3"), ("+0.5", "-0.5"), ("6.4e", "6.3e"))
     ]
     for wrong in (*wrongs, more):
         with pytest.raises(AssertionError, match=r"a\.csv"):

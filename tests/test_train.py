@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,6 +336,13 @@ def test_another_configuration_is_refused(tmp_path, images):
         train(tiny(tmp_path, images, epochs=1, lr=0.5), quiet=True)
 
 
+def test_a_folder_without_a_result_is_free(tmp_path, images):
+    """A run that diverged in its first epoch, or was killed in it, does not block the command put right."""
+    with pytest.raises(TrainingDiverged, match=r"in epoch 1, step 4\. A lower --lr"):
+        train(tiny(tmp_path, images, opt="sgd", lr=1e30), quiet=True)
+    train(tiny(tmp_path, images, epochs=1), quiet=True)
+
+
 def test_folder_without_classes(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     with pytest.raises(ConfigError, match="needs the folders train/ and val/"):
@@ -345,6 +353,13 @@ def test_validate_refuses_other_classes(tmp_path, images):
     train(tiny(tmp_path, images, epochs=1), quiet=True)
     with pytest.raises(ConfigError, match="has 2 classes, digits has 10"):
         validate(ValidateConfig(model=f"local-dir:{tmp_path}/run/model", data="digits", workers=0))
+    model = timm.create_model(f"local-dir:{tmp_path}/run/model", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == ["bright", "dark"]
+    shutil.copytree(images, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / "bright").rename(tmp_path / "renamed" / split / "light")
+    with pytest.raises(ConfigError, match=r"has the classes \['bright', 'dark'\], .* has \['dark', 'light'\]"):
+        validate(ValidateConfig(model=f"local-dir:{tmp_path}/run/model", data=str(tmp_path / "renamed"), workers=0))
 
 
 def test_results_as_timm_publishes_them(tmp_path):

@@ -57,6 +57,8 @@ def test_a_photograph_stands_upright_and_16_bits_are_refused(tmp_path):
         ({"image": "no_such_picture"}, "no file and no picture"),
         ({"metric": {"tau": 2.0}}, "tau"),
         ({"metric": {"tilt": 2.0}}, "tilt"),
+        ({"points": [[31, 0], [32, 5]]}, r"points: \[?\(?32.* lies outside of camera, 32×32 pixels"),
+        ({"cam": {"a": "test_resnet_metric"}, "cam_class": 1000}, "cam_class: a has the classes 0 to 999; got 1000"),
         ({"model": "test_resnet"}, "no such layer"),
         ({"model": "test_resnet_metric", "layers": ["layer1"]}, r"layer2\.0\.conv1"),
     ],

@@ -52,7 +52,9 @@ def image_metric(
     kernels = torch.stack((derivative, derivative.mT))[:, None]
     gradient = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
     strength = torch.linalg.vector_norm(gradient, dim=1)
-    g = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    # a gradient that small is the rounding of an image that is flat
+    least = (1e-4 * grey.abs().amax((2, 3))[..., None]).clamp(min=1e-12)
+    g = strength / torch.maximum(strength.amax((1, 2), keepdim=True), least[:, 0, :, None])
     x, y = F.normalize(gradient + eps, dim=1, eps=1e-12).unbind(1)
     across = (scale * (1 + anisotropy * g)).sqrt()
     tangent = scale / across

@@ -27,6 +27,8 @@ _COLOURS = {
     "deform": "#56B4E9",
     "metric": "#D55E00",
     "metric-geodesic": "#009E73",
+    "active": "#CC79A7",
+    "affine": "#0072B2",
 }
 
 # Rows may be added to a comparison, and it may go on elsewhere.
@@ -208,7 +210,7 @@ def plot_curves(config: CompareConfig):
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
         row[0].set_ylabel(f"validation {label} (%)")
-    panels[0][0].legend(loc="lower right")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     data = config.train.get("data", "digits")
     figure.suptitle(f"{config.model} on {data}, {len(config.seeds)} seeds (band: 95 % interval)")
     return figure

@@ -30,6 +30,8 @@ def option(default: Any, help: str) -> Any:
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
     """`value` as a field of type `kind`; what is no list is a list of one where a list is wanted."""
+    if isinstance(value, bool):  # a forgotten value (`--lr`), which pydantic would take for the number 1
+        value = str(value).lower()
     try:
         alone = get_origin(kind) is list and not isinstance(value, (list, tuple))
         adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))

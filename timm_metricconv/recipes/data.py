@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data import create_dataset, create_loader, create_transform
+from timm.data.readers import add_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +32,8 @@ TORCHVISION = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100", "fashio
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# Suffixes of images that timm passes over without a word.
+MORE_SUFFIXES = [".bmp", ".gif", ".tif", ".tiff", ".webp"]
 # So many images of a folder are decoded before training begins, some seconds' work: all of them, or spread evenly.
 CHECKED_IMAGES = 2000
 
@@ -216,6 +219,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         folders = [f for f in ("train", "val", "validation") if (Path(config.data) / f).is_dir()]
         if "train" not in folders or len(folders) < 2:
             raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
+        add_img_extensions(MORE_SUFFIXES)
         try:
             return create_dataset("", root=config.data, split=split)
         except RuntimeError as error:  # timm's, where there is no image
@@ -250,6 +254,13 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
 def _classes(dataset: Dataset) -> Any:
     """The classes that a data set knows, None if it knows none."""
     return getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """The names of a data set's classes in the order of their numbers, None where they have none."""
+    classes = _classes(dataset)
+    names = sorted(classes, key=classes.get) if isinstance(classes, dict) else list(classes or [])
+    return names if names and all(isinstance(name, str) for name in names) else None
 
 
 def _labels(dataset: Dataset) -> Optional[np.ndarray]:

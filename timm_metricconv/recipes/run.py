@@ -53,7 +53,7 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
         ConfigError: Another key differs; it is named.
     """
     path = config.folder / "config.yaml"
-    if not path.exists():
+    if not path.exists() or list(config.folder.iterdir()) == [path]:  # what ended before its first result is no run
         return
     begun, resolved = yaml.safe_load(path.read_text()), plain(config)
     if _checkpoint_from_run(begun) == _checkpoint_from_run(resolved):  # the run was moved, and its checkpoint with it

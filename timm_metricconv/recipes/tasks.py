@@ -9,7 +9,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .data import class_count, evaluation_crop, image_size, make_datasets, make_loader, normalisation
+from .data import class_count, class_names, evaluation_crop, image_size, make_datasets, make_loader, normalisation
 from .network import build_model
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Task(NamedTuple):
 
 
 def _network(config: "TrainConfig", train_set: Dataset) -> nn.Module:
-    return build_model(config, class_count(config, train_set))
+    model = build_model(config, class_count(config, train_set))
+    model.label_names = class_names(train_set)  # type: ignore[assignment]
+    return model
 
 
 def _loss(config: "TrainConfig") -> nn.Module:
@@ -68,7 +70,8 @@ def _save(model: nn.Module, config: "TrainConfig", folder: Path) -> None:
     size = image_size(config, model.pretrained_cfg)
     crop, interpolation = evaluation_crop(config, model.pretrained_cfg)
     image = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True, data_config=image)
+    labels = {"label_names": model.label_names} if model.label_names else None
+    timm.models.save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=image)
 
 
 CLASSIFICATION = Task(

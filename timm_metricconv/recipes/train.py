@@ -7,14 +7,16 @@ import math
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple
+from typing import Annotated, Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -112,6 +114,14 @@ def learning_rate(optimiser: Optimizer) -> float:
     return next(scaled, 0.0)
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have a full disk's error each
+        raise RecipeError(f"{folder} cannot be written to; what was complete is kept. {error}") from error
+
+
 class _Checkpoints:
     """`checkpoints/epoch_N`, a complete accelerate state each: written aside, moved into place, then older ones go."""
 
@@ -135,7 +145,8 @@ class _Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        with _writing(self.folder):
+            self.accelerator.save_state(str(temporary), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             os.replace(temporary, final)
@@ -162,7 +173,8 @@ def save_model(model: nn.Module, config: TrainConfig, folder: Path) -> None:
     target, temporary = folder / "model", folder / "model.tmp"
     # safetensors refuses channels-last strides
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    TASKS[config.task].save(plain, config, temporary)
+    with _writing(target):
+        TASKS[config.task].save(plain, config, temporary)
     target.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
         os.replace(file, target / file.name)
@@ -342,6 +354,8 @@ def train(
     folder = config.folder
     check_same_run(config)
     if (folder / "summary.json").exists():
+        if not quiet:
+            console.print(f"{folder} is complete, and only read.")
         return json.loads((folder / "summary.json").read_text())
     trainer = _Trainer(config, quiet, prepare)
     if trainer.main:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from .config import ConfigError, option
-from .data import DataConfig, class_count, evaluation_crop, image_size, make_datasets, make_loader
+from .data import DataConfig, class_count, class_names, evaluation_crop, image_size, make_datasets, make_loader
 from .network import create_model, parameter_counts
 from .report import print_table, update_csv, write_summary
 from .tasks import CLASSIFICATION
@@ -59,6 +59,9 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
     model = create_model(config.model, config.model_args, pretrained=config.pretrained, num_classes=wanted)
     if model.num_classes != classes:
         raise ConfigError(f"model: {config.model} has {model.num_classes} classes, {config.data} has {classes}.")
+    names, theirs = class_names(dataset), model.pretrained_cfg.get("label_names")
+    if names and theirs and names != list(theirs):
+        raise ConfigError(f"model: {config.model} has the classes {list(theirs)}, {config.data} has {names}.")
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
     result = evaluate(CLASSIFICATION, model, loader, accelerator)

@@ -151,6 +151,14 @@ def visualise(config: VisualiseConfig) -> List[Path]:
         raise ConfigError(f"metric: {error}") from None
     title = "balls of a metric built from the image gradient (no training)"
     save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
+    outside = [
+        point for point in config.points if not (0 <= point[0] < image.shape[1] and 0 <= point[1] < image.shape[0])
+    ]
+    if outside:
+        size = f"{image.shape[1]}×{image.shape[0]}"
+        raise ConfigError(
+            f"points: {list(outside[0])} lies outside of {config.image}, {size} pixels; --points [] takes edges."
+        )
     points = config.points or strong_edges(image)
     save(plot_geodesics(field, image, points, title="metric built from the image gradient"), "geodesic_balls")
 
@@ -176,5 +184,10 @@ def visualise(config: VisualiseConfig) -> List[Path]:
     if config.cam:
         models = {label: _network(name, config, {}) for label, name in config.cam.items()}
         inputs = {label: as_input(model, image) for label, model in models.items()}
+        for label, model in models.items():
+            if config.cam_class is not None and not 0 <= config.cam_class < model.num_classes:
+                raise ConfigError(
+                    f"cam_class: {label} has the classes 0 to {model.num_classes - 1}; got {config.cam_class}."
+                )
         save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
     return written
