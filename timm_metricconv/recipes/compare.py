@@ -187,7 +187,7 @@ def plot_curves(config: CompareConfig):
     """The score over epochs: a panel for each (init, kernel), for each convolution the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(config.kernel), 3.6 * len(config.init)), layout="constrained")
+    figure = Figure(figsize=(5 * len(config.kernel), 0.8 + 3.6 * len(config.init)), layout="constrained")
     panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
     score, label = _deciding(config)
     seen: List[float] = []
@@ -210,7 +210,7 @@ def plot_curves(config: CompareConfig):
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
         row[0].set_ylabel(f"validation {label} (%)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     data = config.train.get("data", "digits")
     figure.suptitle(f"{config.model} on {data}, {len(config.seeds)} seeds (band: 95 % interval)")
     return figure
