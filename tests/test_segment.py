@@ -232,6 +232,10 @@ def save_mask(path, values):
         (lambda root: (root / "val/images/1.jpg").unlink(), "val/masks: '1' has no image of that name"),
         (lambda root: save_mask(root / "train/masks/2.png", np.zeros((40, 30))), "40×40, its mask 30×40"),
         (lambda root: save_mask(root / "val/masks/2.png", np.zeros((40, 40, 3))), "is in colour"),
+        (
+            lambda root: (root / "val/masks/2.png").unlink() or save_mask(root / "val/masks/2.jpg", np.eye(40) * 255),
+            "is a JPEG file",
+        ),
         (lambda root: (root / "val/masks/0.png").write_bytes(b"no image"), "val: '0' cannot be read"),
         (lambda root: (root / "val").rename(root / "test"), "there is no folder .*val/images"),
     ],

@@ -120,6 +120,8 @@ def _mask(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ConfigError(f"data: {path} is in colour ({image.mode}); a mask's pixels are class numbers.")
+        if image.format == "JPEG":
+            raise ConfigError(f"data: {path} is a JPEG file, which changes class numbers; save masks as PNG files.")
         return np.asarray(image).astype(np.int64)
 
 
