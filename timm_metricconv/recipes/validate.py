@@ -59,9 +59,11 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
     model = create_model(config.model, config.model_args, pretrained=config.pretrained, num_classes=wanted)
     if model.num_classes != classes:
         raise ConfigError(f"model: {config.model} has {model.num_classes} classes, {config.data} has {classes}.")
-    names, theirs = class_names(dataset), model.pretrained_cfg.get("label_names")
-    if names and theirs and names != list(theirs):
-        raise ConfigError(f"model: {config.model} has the classes {list(theirs)}, {config.data} has {names}.")
+    names, ours = model.pretrained_cfg.get("label_names"), class_names(dataset)
+    if isinstance(names, (list, tuple)) and ours:
+        for name, own in zip(names, ours, strict=False):
+            if name != own:
+                raise ConfigError(f"model: a class is {name!r} to {config.model} and {own!r} in {config.data}.")
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
     result = evaluate(CLASSIFICATION, model, loader, accelerator)
