@@ -53,8 +53,8 @@ def image_metric(
     gradient = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
     strength = torch.linalg.vector_norm(gradient, dim=1)
     # a gradient that small is the rounding of an image that is flat
-    least = (1e-4 * grey.abs().amax((2, 3))[..., None]).clamp(min=1e-12)
-    g = strength / torch.maximum(strength.amax((1, 2), keepdim=True), least[:, 0, :, None])
+    least = 1e-4 * grey.abs().amax((2, 3))[..., None]
+    g = strength / torch.maximum(strength.amax((1, 2), keepdim=True), least).clamp(min=1e-12)
     x, y = F.normalize(gradient + eps, dim=1, eps=1e-12).unbind(1)
     across = (scale * (1 + anisotropy * g)).sqrt()
     tangent = scale / across

@@ -53,7 +53,7 @@ def _of_channels(numbers: List[float]) -> List[float]:
     return numbers
 
 
-def _known_policy(policy: Optional[str]) -> Optional[str]:
+def _known_policy(policy: str) -> str:
     try:
         create_transform(32, is_training=True, auto_augment=policy)
     except (AssertionError, KeyError, ValueError, IndexError):  # timm's, by what it cannot read
@@ -61,11 +61,11 @@ def _known_policy(policy: Optional[str]) -> Optional[str]:
     return policy
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Crop = Annotated[float, Field(gt=0, le=1)]
 Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
 Mean = Annotated[List[float], AfterValidator(_of_channels)]
 Spread = Annotated[List[PositiveFloat], AfterValidator(_of_channels)]
-Policy = Annotated[Optional[str], AfterValidator(_known_policy)]
+Policy = Annotated[str, AfterValidator(_known_policy)]
 
 
 @dataclass
@@ -86,9 +86,9 @@ class DataConfig:
     ratio: Range = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
     hflip: Probability = option(0.5, "probability of a horizontal flip")
     color_jitter: NonNegativeFloat = option(0.0, "strength of colour jitter")
-    auto_augment: Policy = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
+    auto_augment: Optional[Policy] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
     re_prob: Probability = option(0.0, "probability of random erasing")
-    crop_pct: Optional[Share] = option(None, "centre crop of the validation images; by default the model's own")
+    crop_pct: Optional[Crop] = option(None, "centre crop of the validation images; by default the model's own")
     interpolation: Optional[Interpolation] = option(None, "resizing; by default the model's own, in training random")
     batch_size: PositiveInt = option(128, "images in a batch, on each device")
     workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")

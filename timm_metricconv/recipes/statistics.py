@@ -19,9 +19,7 @@ class Difference(NamedTuple):
 
         An interval without width decides nothing: that a few seeds differ alike is a matter of few images.
         """
-        if self.low == self.high:
-            return "no difference"
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "no difference"
+        return "higher" if 0 < self.low < self.high else "lower" if self.low < self.high < 0 else "no difference"
 
 
 def mean_interval(values: Sequence) -> Tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ def _save(model: nn.Module, config: "TrainConfig", folder: Path) -> None:
     size = image_size(config, model.pretrained_cfg)
     crop, interpolation = evaluation_crop(config, model.pretrained_cfg)
     image = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
-    labels = {"label_names": model.label_names} if model.label_names else None
+    labels = {"label_names": model.label_names}
     timm.models.save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=image)
 
 

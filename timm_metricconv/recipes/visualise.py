@@ -139,6 +139,11 @@ def visualise(config: VisualiseConfig) -> List[Path]:
     """
     need("matplotlib", "matplotlib")
     image, written = load_image(config.image, config.size), []
+    height, width = image.shape[:2]
+    for x, y in config.points:
+        if not (0 <= x < width and 0 <= y < height):
+            where = f"{config.image}, {width}×{height} pixels"
+            raise ConfigError(f"points: {[x, y]} lies outside of {where}; --points [] takes edges.")
 
     def save(figure: "Figure", name: str) -> None:
         written.append(config.folder / f"{name}.png")
@@ -151,14 +156,6 @@ def visualise(config: VisualiseConfig) -> List[Path]:
         raise ConfigError(f"metric: {error}") from None
     title = "balls of a metric built from the image gradient (no training)"
     save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
-    outside = [
-        point for point in config.points if not (0 <= point[0] < image.shape[1] and 0 <= point[1] < image.shape[0])
-    ]
-    if outside:
-        size = f"{image.shape[1]}×{image.shape[0]}"
-        raise ConfigError(
-            f"points: {list(outside[0])} lies outside of {config.image}, {size} pixels; --points [] takes edges."
-        )
     points = config.points or strong_edges(image)
     save(plot_geodesics(field, image, points, title="metric built from the image gradient"), "geodesic_balls")
 
