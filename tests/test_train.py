@@ -1,5 +1,6 @@
 """Training end to end on tiny data: what it writes, kill and resume, two processes, refusals."""
 
+import argparse
 import csv
 import json
 import os
@@ -21,13 +22,20 @@ pytest.importorskip("accelerate", reason="needs the extra [demo]")
 import numpy as np
 from accelerate.state import AcceleratorState
 from PIL import Image
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import create_scheduler, create_scheduler_v2
 
 from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
 from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
-from timm_metricconv.recipes.train import TrainConfig, TrainingDiverged, learning_rate, make_optimiser, train
+from timm_metricconv.recipes.train import (
+    TrainConfig,
+    TrainingDiverged,
+    _Average,
+    learning_rate,
+    make_optimiser,
+    train,
+)
 from timm_metricconv.recipes.validate import ValidateConfig, validate
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +248,15 @@ def test_predictors_move_at_their_rate(sched, predictor_lr):
     config = TrainConfig(sched=sched, predictor_lr=predictor_lr, **choice)
     optimiser, schedule = make_optimiser(model, config)
     only = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    alone, _ = create_scheduler_v2(only, sched, num_epochs=7, warmup_epochs=2, min_lr=0.01)  # timm's, of one group
+    alone = create_scheduler_v2(  # timm's, of one group
+        only,
+        sched,
+        num_epochs=7,
+        warmup_epochs=2,
+        min_lr=0.01,
+        decay_epochs=2,
+        decay_rate=0.9 if sched == "poly" else 0.1,
+    )[0]
     for group in optimiser.param_groups:
         group.update(momentum=0, nesterov=False)
     for epoch in range(config.epochs):
@@ -256,6 +272,66 @@ def test_predictors_move_at_their_rate(sched, predictor_lr):
             moved = before[name] - parameter.detach()
             expected = torch.full_like(moved, rate * (predictor_lr if is_predictor(name) else 1.0))
             torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+TIMM = {"sched": "cosine", "epochs": 30, "warmup_epochs": 3, "warmup_lr": 1e-5, "min_lr": 1e-6, "decay_epochs": 9}
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ({"sched": "cosine"}, {}),
+        ({"sched": "tanh"}, {}),
+        ({"sched": "step"}, {}),
+        ({"sched": "step", "decay_epochs": 2.5, "decay_rate": 0.5}, {"decay_epochs": 2.5, "decay_rate": 0.5}),
+        ({"sched": "multistep"}, {"decay_milestones": [9, 18, 27]}),
+        ({"sched": "multistep", "decay_milestones": [5, 20]}, {"decay_milestones": [5, 20]}),
+        ({"sched": "poly", "power": 2.0}, {"decay_rate": 2.0}),
+        ({"sched": "wsd"}, {"decay_epochs": 0.2}),
+        ({"sched": "rsqrt", "decay_epochs": 6}, {"decay_epochs": 6}),
+        ({"sched": "rsqrt", "warmup_epochs": 0}, {"decay_epochs": 0.2, "warmup_epochs": 0, "lr_stable_timescale": 1}),
+        ({"sched": "constant", "warmup_lr": 1e-4}, {"warmup_lr": 1e-4}),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_schedules_are_those_of_timms_script(ours, theirs):
+    """Epoch by epoch what timm's `train.py` would set for the same arguments; and no schedule but one is constant."""
+    arguments = argparse.Namespace(**{**TIMM, "sched": ours["sched"], **theirs})
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+    schedule, _ = create_scheduler(arguments, optimiser)
+    rates = [optimiser.param_groups[0]["lr"]]
+    for epoch in range(1, arguments.epochs):  # the script's: at the end of each epoch, for the next one
+        schedule.step(epoch)
+        rates.append(optimiser.param_groups[0]["lr"])
+    config = TrainConfig(**{**{k: TIMM[k] for k in ("epochs", "warmup_epochs", "min_lr")}, "lr": 0.01, **ours})
+    optimiser, schedule = make_optimiser(timm.create_model("test_resnet_metric"), config)
+    for epoch, rate in enumerate(rates):
+        schedule.step(epoch)
+        assert learning_rate(optimiser) == pytest.approx(rate, rel=1e-9), epoch
+    assert (rates[-1] < rates[3] / 2) == (ours["sched"] != "constant")
+
+
+def test_warmup_starts_below_a_small_rate():
+    """timm's 1e-5 would be ten times this `lr`."""
+    config = TrainConfig(lr=1e-6, warmup_epochs=2)
+    optimiser, schedule = make_optimiser(timm.create_model("test_resnet_metric"), config)
+    schedule.step(0)
+    assert learning_rate(optimiser) == pytest.approx(1e-8)
+
+
+@pytest.mark.slow
+def test_the_average_of_a_short_run_is_no_start(tmp_path, images, capsys):
+    """An average over a thousand steps would be the untrained network's after 12: 50 % of two classes."""
+    model = timm.create_model("test_resnet_metric", num_classes=2)
+    average, start = _Average(model, 0.999), model.fc.weight.detach().clone()
+    for _ in range(12):
+        model.fc.weight.data += 1
+        average.add(model)
+    moved = (average.module.fc.weight - start).mean()
+    assert 8 < moved < 12
+    summary = train(tiny(tmp_path, images, ema_decay=0.999))
+    assert "ema_decay: 0.999 averages 1,000 steps, and this run has 12" in " ".join(capsys.readouterr().out.split())
+    assert summary["top1"] > 90
 
 
 def test_curves_have_the_rate_of_the_network(tmp_path, images):
@@ -318,6 +394,8 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, images):
         ({"amp": "fp16"}, "fp16"),
         ({"batch_size": 7, "mixup": 0.2}, "batch_size=7: mixup"),
         ({"epochs": 0}, "epochs: expected a number greater than 0; got 0"),
+        ({"epochs": 2, "warmup_epochs": 5}, "warmup_epochs: expected fewer than epochs, 2, .*; got 5"),
+        ({"lr": 1e-4, "warmup_lr": 1e-3}, "warmup_lr: expected at most lr, 0.0001; got 0.001"),
         ({"sched": "wsd", "epochs": 1}, "sched='wsd' with epochs=1"),
         ({"kernels": ["layer9"]}, "kernels: .*layer9.*; expected names of convolutions"),
     ],

@@ -72,8 +72,15 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     predictor_weight_decay: Optional[NonNegativeFloat] = option(None, "of the predictors; by default weight_decay")
     decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
     sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
-    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up")
+    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up, fewer than epochs")
+    warmup_lr: Optional[NonNegativeFloat] = option(None, "where warm-up starts; by default lr/100, at most timm's 1e-5")
     min_lr: NonNegativeFloat = option(0.0, "last learning rate")
+    decay_epochs: Optional[PositiveFloat] = option(
+        None, "step: epochs between two decays (by default 0.3 of all); wsd, rsqrt: the last ones (a fifth)"
+    )
+    decay_milestones: List[PositiveInt] = option([], "multistep: when to decay; by default at 0.3, 0.6 and 0.9 of all")
+    decay_rate: PositiveFloat = option(0.1, "step, multistep: factor of a decay")
+    power: PositiveFloat = option(0.9, "poly: exponent")
     clip_grad: Optional[PositiveFloat] = option(None, "largest norm of the gradient")
     smoothing: Share = option(0.0, "label smoothing")
     mixup: NonNegativeFloat = option(0.0, "mixup alpha")
@@ -83,6 +90,15 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     grad_accum: PositiveInt = option(1, "batches in one optimiser step")
     channels_last: bool = option(True, "memory format of network and images")
     seed: Seed = option(0, "seed of weights, order and augmentation")
+
+    def __post_init__(self):
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs: expected fewer than epochs, {self.epochs}, or lr is never reached; "
+                f"got {self.warmup_epochs}."
+            )
+        if self.warmup_lr is not None and self.warmup_lr > self.lr:
+            raise ConfigError(f"warmup_lr: expected at most lr, {self.lr:g}; got {self.warmup_lr:g}.")
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
@@ -95,12 +111,20 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Sc
         decay_all=config.decay_all,
     )
     optimiser = create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    # timm's own 90 epochs between decays mean its 300
+    interval = max(1, round(0.3 * config.epochs)) if config.sched == "step" else None
+    milestones = sorted({max(1, round(share * config.epochs)) for share in (0.3, 0.6, 0.9)})
     try:
         schedule, _ = create_scheduler_v2(
             optimiser,
             sched=config.sched,
             num_epochs=config.epochs,
+            decay_epochs=config.decay_epochs or interval,
+            decay_milestones=config.decay_milestones or milestones,
+            decay_rate=config.power if config.sched == "poly" else config.decay_rate,
+            stable_timescale=config.warmup_epochs or 1,
             warmup_epochs=config.warmup_epochs,
+            warmup_lr=min(1e-5, config.lr / 100) if config.warmup_lr is None else config.warmup_lr,
             min_lr=config.min_lr,
         )
     except ValueError as error:
@@ -155,17 +179,19 @@ class _Checkpoints:
         self.accelerator.wait_for_everyone()
 
 
-class _EmaState:
-    """The EMA weights as accelerate wants to save them."""
+class _Average(ModelEmaV3):
+    """timm's average of the weights, with the count of steps that its warm-up needs, also after a resume."""
 
-    def __init__(self, ema: ModelEmaV3):
-        self.ema = ema
+    steps: Tensor
 
-    def state_dict(self) -> Dict[str, Any]:
-        return self.ema.module.state_dict()
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, decay, use_warmup=True)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.ema.module.load_state_dict(state)
+    def add(self, model: nn.Module) -> None:
+        """Takes the weights after a step of the optimiser in."""
+        self.steps.add_(1)
+        self.update(model, int(self.steps))
 
 
 def save_model(model: nn.Module, config: TrainConfig, folder: Path) -> None:
@@ -235,9 +261,12 @@ class _Trainer:
         self.model, self.optimiser, self.train_loader, self.val_loader = self.accelerator.prepare(
             model, optimiser, *loaders
         )
-        self.ema = ModelEmaV3(self.bare, decay=config.ema_decay) if config.ema_decay else None
+        self.ema = _Average(self.bare, config.ema_decay) if config.ema_decay else None
         if self.ema:
-            self.accelerator.register_for_checkpointing(_EmaState(self.ema))
+            self.accelerator.register_for_checkpointing(self.ema)
+        # of the optimiser in an epoch; 0 where nobody knows
+        batches = len(self.train_loader) if hasattr(self.train_loader, "__len__") else 0
+        self.steps = math.ceil(batches / config.grad_accum)
         self.mixup = None
         if config.mixup or config.cutmix:
             if config.batch_size % 2:
@@ -256,6 +285,15 @@ class _Trainer:
         """The network whose accuracy counts: the EMA where there is one."""
         return self.ema.module if self.ema else self.model
 
+    def remark_on_average(self) -> None:
+        """Says so where the average of the weights would reach back to before the run."""
+        decay, steps = self.config.ema_decay, self.config.epochs * self.steps
+        if decay and 1 / (1 - decay) > steps > 0:
+            console.print(
+                f"ema_decay: {decay:g} averages {1 / (1 - decay):,.0f} steps, and this run has {steps:,}: the average "
+                f"is still warming up when it ends (its decay is then {self.ema.get_decay(steps):.3f})."
+            )
+
     def _step(self, images: Tensor, target: Tensor) -> Tensor:
         config = self.config
         if config.channels_last:
@@ -273,7 +311,7 @@ class _Trainer:
             self.optimiser.step()
             self.optimiser.zero_grad()
             if self.ema and self.accelerator.sync_gradients:
-                self.ema.update(self.bare)
+                self.ema.add(self.bare)
         return loss.detach()
 
     def _check(self, total: Tensor, epoch: int, step: int) -> float:
@@ -360,6 +398,8 @@ def train(
     trainer = _Trainer(config, quiet, prepare)
     if trainer.main:
         write_config(config)
+        if not quiet:
+            trainer.remark_on_average()
     checkpoints = _Checkpoints(folder, trainer.accelerator)
     done = checkpoints.resume()
     rows = read_curves(folder, done)
