@@ -98,6 +98,20 @@ def test_torch_export_takes_every_size_with_ordinary_operators(conv):
         torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
 
 
+def test_the_older_exporter_of_onnx_keeps_sizes_free(tmp_path):
+    onnxruntime = need_onnx(portable=True)
+    geodesic = MetricConv2d(3, 4, 3, stride=2, ball="geodesic")
+    model = bend(SideBySide(*[layer(3, 4, 3, stride=2) for layer in LAYERS.values()], geodesic)).eval()
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (torch.randn(SIZES[0]),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        image = torch.randn(size)
+        result = torch.from_numpy(session.run(None, {"x": image.numpy()})[0])
+        torch.testing.assert_close(result, model(image).detach(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A folder per family, as training leaves it."""

@@ -285,6 +285,8 @@ def test_compilers(variant, compiler):
         compiled = torch.jit.script(layer)
     elif compiler == "trace":
         compiled = torch.jit.trace(layer, x)
+        # a process without this package can load it
+        assert {node.kind().split("::")[0] for node in compiled.inlined_graph.nodes()} == {"aten", "prim"}
     else:
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -151,8 +151,10 @@ class MetricConv2d(BallConv2d):
 
     def _metric(self, raw: Tensor) -> Metric:
         """Raw channels → the metrics in whitened form, components `[B, H_out, W_out, G]`."""
+        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+        batch, _, height, width = raw.shape
         raw = raw[:, : self.metric_groups * self.channels].contiguous()  # dense images for every channel
-        raw = raw.unflatten(1, [self.metric_groups, self.channels]).permute(0, 3, 4, 1, 2)
+        raw = raw.reshape(batch, self.metric_groups, self.channels, height, width).permute(0, 3, 4, 1, 2)
         root = self._to_root(raw[..., : self.channels - 2], self.scale)
         if self.eps_omega == 1.0:
             x, y = torch.zeros_like(root.a), torch.zeros_like(root.a)
@@ -169,7 +171,7 @@ class MetricConv2d(BallConv2d):
         fields = fields.permute(0, 3, 4, 1, 2).flatten(0, 1)
         spacing = (float(self.stride[0]), float(self.stride[1]))
         positions = geodesic_positions(fields, self.points, self.steps, spacing)
-        return positions.unflatten(0, [-1, self.metric_groups]).flatten(1, 2)
+        return positions.reshape(raw.shape[0], -1, 2, raw.shape[2], raw.shape[3])
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:

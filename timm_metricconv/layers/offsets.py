@@ -38,8 +38,10 @@ class _PredictedOffsets(BallConv2d):
     def samples(self, raw: Tensor) -> Tensor:
         """The lattice plus the offsets."""
         count = self.offsets
+        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+        batch, _, height, width = raw.shape
         offsets = raw[:, : 2 * self.metric_groups * count].permute(0, 2, 3, 1)
-        offsets = offsets.unflatten(-1, [self.metric_groups, count, 2]).flip(-1)
+        offsets = offsets.reshape(batch, height, width, self.metric_groups, count, 2).flip(-1)
         if self.max_offset is not None:
             offsets = self.max_offset * torch.tanh(offsets / self.max_offset)
         return (offsets + self.points[0]).flatten(3, 4).permute(0, 3, 4, 1, 2)
@@ -139,7 +141,9 @@ class AffineConv2d(BallConv2d):
 
     def samples(self, raw: Tensor) -> Tensor:
         """A·p + t."""
-        raw = raw[:, : 6 * self.metric_groups].permute(0, 2, 3, 1).unflatten(-1, [self.metric_groups, 1, 6])
+        batch, _, height, width = raw.shape
+        raw = raw[:, : 6 * self.metric_groups].permute(0, 2, 3, 1)
+        raw = raw.reshape(batch, height, width, self.metric_groups, 1, 6)
         x, y = self.points[0, :, 0], self.points[0, :, 1]
         mapped_x = x + raw[..., 0] * x + raw[..., 1] * y + raw[..., 4]
         mapped_y = y + raw[..., 2] * x + raw[..., 3] * y + raw[..., 5]

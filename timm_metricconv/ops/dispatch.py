@@ -62,8 +62,8 @@ BACKENDS: Dict[str, Backend] = {
 
 def _choose(x: Tensor, weight: Tensor, backend: Optional[str]) -> Backend:
     if backend is None:
-        # An exported program is to run without this package, so it is made of ordinary operators.
-        if torch.compiler.is_exporting():
+        # An exported or traced program is to run without this package, so it is made of ordinary operators.
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return BACKENDS["reference"]
         for row in BACKENDS.values():
             if row.why_not(x.device.type, weight.dim()) is None:

@@ -76,8 +76,10 @@ def ball_conv2d_reference(
     if mask is not None:
         columns = columns * mask.permute(0, 2, 3, 1)[..., None].to(columns.dtype)
 
-    columns = columns.unflatten(3, (runs, taps)).transpose(3, 4).flatten(4)
-    columns = columns.unflatten(-1, (groups, channels // groups))
+    # torch's older ONNX exporter fixes all sizes at an `unflatten`
+    size = points.shape[1:3]
+    columns = columns.reshape(batch, size[0], size[1], runs, taps, channels // runs).transpose(3, 4)
+    columns = columns.reshape(batch, size[0], size[1], taps, groups, channels // groups)
     kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
     out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)
     if bias is not None:

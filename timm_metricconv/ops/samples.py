@@ -37,7 +37,8 @@ def place(samples: Union[Tensor, Samples]) -> Tensor:
     """Positions `[B, G·K, 2, H_out, W_out]` of samples; positions are returned as they are."""
     if isinstance(samples, Tensor):
         return samples
-    fields = samples.fields.unflatten(1, [-1, 5]).permute(0, 3, 4, 1, 2)
+    batch, channels, height, width = samples.fields.shape
+    fields = samples.fields.reshape(batch, channels // 5, 5, height, width).permute(0, 3, 4, 1, 2)
     metric = Metric(fields[..., 0], fields[..., 1], fields[..., 2], fields[..., 3], fields[..., 4])
     points = samples.points if samples.points.dim() == 3 else samples.points[None]
     stretch = (randers(directions_of(points[-1]), metric) + samples.eps).reciprocal()[:, :, :, :, None]
