@@ -8,13 +8,21 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
-from PIL import Image
+from PIL import ExifTags, Image
+from timm.data import create_dataset
 from torchvision.transforms import v2
 
 from timm_metricconv.recipes import data as module
 from timm_metricconv.recipes.augmentation import Warp
 from timm_metricconv.recipes.config import ConfigError
-from timm_metricconv.recipes.data import DataConfig, class_names, make_datasets, make_loader, stratified_subset
+from timm_metricconv.recipes.data import (
+    DataConfig,
+    class_names,
+    make_datasets,
+    make_loader,
+    make_validation_set,
+    stratified_subset,
+)
 
 CFG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear", "input_size": (3, 16, 16)}
 WARP = {"rotation": 45, "scale": [0.5, 1.2], "stretch": 2, "perspective": 0.3, "elastic": 0.05}
@@ -258,6 +266,64 @@ def test_classes_are_numbered_as_timm_does(folder):
     assert class_names(make_datasets(DataConfig(data="digits"))[0]) is None
 
 
+def test_hidden_files_and_folders_are_no_classes(folder):
+    """Jupyter and macOS leave them behind, in training and validation alike; and two names may differ in case alone."""
+    for split in ("train", "val"):
+        for stray in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", "Cat"):
+            shutil.copytree(folder / split / "dog", folder / split / stray)
+        (folder / split / "cat/._0.jpg").write_bytes(b"resource fork")
+    train, val = make_datasets(DataConfig(data=str(folder)))
+    assert class_names(train) == class_names(val) == ["Cat", "cat", "dog"] and len(train) == 12
+
+
+def save_turned(image, path) -> None:
+    """As a camera held sideways writes it: turned back, with the note that it is to be turned."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to the right
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_photographs_stand_upright(folder, suffix):
+    """In the folder's images and warps, and in what a loader makes of any other data set."""
+    picture = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None] * 4, 32, 1)).convert("RGB")
+    (folder / "val/cat/0.jpg").unlink()
+    save_turned(picture, folder / f"val/cat/0.{suffix}")
+    config = DataConfig(data=str(folder), input_size=32, batch_size=1, workers=0, val_warp={"rotation": [1e-6]})
+    plain, warped = make_datasets(DataConfig(data=str(folder)))[1], make_datasets(config)[1]
+    for image, label in (plain[0], warped[0]):
+        assert label == 0 and image.size == picture.size and abs(pixels(image) - pixels(picture)).mean() < 3
+    timms = [create_dataset("", root=str(folder / "val"))] if suffix in ("jpg", "png") else []  # it passes over others
+    for dataset in (plain, *timms):
+        shown = next(iter(make_loader(config, dataset, {**CFG, "crop_pct": 1.0}, train=False)))[0][0, 0]
+        assert shown.std(1).max() < 0.05 < shown.std(0).min()  # it still gets brighter downwards
+
+
+def test_validation_needs_no_training_images(folder):
+    """Beside `val/`, or the folder of the classes itself; where there is `train/`, `val/` is missing."""
+    expected = make_validation_set(DataConfig(data=str(folder))).files
+    shutil.move(folder / "train", folder / "rest")
+    assert make_validation_set(DataConfig(data=str(folder))).files == expected
+    assert make_validation_set(DataConfig(data=str(folder / "val"))).files == expected
+    (folder / "rest").rename(folder / "train")
+    shutil.rmtree(folder / "val")
+    with pytest.raises(ConfigError, match="needs the folders train/ and val/"):
+        make_validation_set(DataConfig(data=str(folder)))
+
+
+def test_grey_networks_get_grey_images(folder):
+    """As Pillow makes them grey, normalised by one number, whatever augmentation was made for three channels."""
+    cfg = {**CFG, "input_size": (1, 24, 24), "mean": (0.2, 0.4, 0.6)}
+    config = DataConfig(data=str(folder), input_size=24, batch_size=4, workers=0, auto_augment="rand-m9", re_prob=0.5)
+    train, val = make_datasets(config)
+    images = next(iter(make_loader(config, val, cfg, train=False)))[0]
+    grey = torch.from_numpy(pixels(module.read_image(val.files[0]).convert("L")))
+    torch.testing.assert_close(images[0, 0], (grey / 255 - 0.4) / 0.5)
+    assert next(iter(make_loader(config, train, cfg, train=True)))[0].shape == (4, 1, 24, 24)
+    with pytest.raises(ConfigError, match="in_chans=5: images have 3 channels, or 1"):
+        make_loader(config, val, {**CFG, "input_size": (5, 24, 24)}, train=False)
+
+
 def test_a_good_folder_has_subsets_and_warps(folder):
     train, _ = make_datasets(DataConfig(data=str(folder), train_images=4, warp=WARP))
     assert sorted(train[i][1] for i in range(4)) == [0, 0, 1, 1]
@@ -278,13 +344,21 @@ def test_a_good_folder_has_subsets_and_warps(folder):
         ),
         (lambda f: [p.unlink() for p in (f / "val/cat").iterdir()], "no validation image of class cat"),
         (lambda f: [p.unlink() for p in (f / "train/dog").iterdir()], "no training image of class dog"),
-        (lambda f: [p.unlink() for p in f.glob("train/*/*")], "Found 0 images"),
+        (lambda f: [p.unlink() for p in f.glob("train/*/*")], "there is no image in the folders of"),
         (lambda f: [p.unlink() for p in f.glob("train/dog/[123].jpg")], "one training image of class dog"),
+        (
+            lambda f: shutil.copy(f / "train/cat/1.jpg", f / "train"),
+            "train/1.jpg belongs to no class: expected .*train/CLASS/1",
+        ),
+        (
+            lambda f: [(p / "good").mkdir() or (p / "1.jpg").rename(p / "good/1.jpg") for p in f.glob("*/*")],
+            "cat/good/1.jpg belongs to no class",
+        ),
         (lambda f: [shutil.rmtree(p) for p in f.glob("*/dog")], "has one class; there is nothing to tell apart"),
     ],
     ids=[
         *("no image", "truncated", "16 bits", "class missing in val", "class missing in train", "empty", "one image"),
-        "one class",
+        *("beside the classes", "folders in classes", "one class"),
     ],
 )
 def test_bad_folders(folder, spoil, message):

@@ -134,7 +134,7 @@ def test_image_and_mask_are_cropped_and_flipped_together(tmp_path, folder):
             return Image.fromarray(mask * 255).convert("RGB"), mask
 
     dataset = Itself(8, 2)
-    cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "input_size": (3, 64, 64)}
     config = tiny(tmp_path, folder, scale=[0.2, 0.6], input_size=64, batch_size=8)
     images, masks = next(iter(make_mask_loader(config, dataset, cfg, True)))
     assert images.shape == (8, 3, 64, 64) and masks.shape == (8, 64, 64) and masks.dtype == torch.int64

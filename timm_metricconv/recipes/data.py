@@ -1,25 +1,28 @@
 """Data sets: an image folder, every name of timm's `create_dataset`, and some that Python packages and Debian carry."""
 
+import glob
 import gzip
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from timm.data import create_dataset, create_loader, create_transform
-from timm.data.readers import add_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from .augmentation import Warp
 from .config import ConfigError, build, option
+from .run import progress
 
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -32,10 +35,8 @@ TORCHVISION = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100", "fashio
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# Suffixes of images that timm passes over without a word.
-MORE_SUFFIXES = [".bmp", ".gif", ".tif", ".tiff", ".webp"]
-# So many images of a folder are decoded before training begins, some seconds' work: all of them, or spread evenly.
-CHECKED_IMAGES = 2000
+# Suffixes of the files that are images.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -48,8 +49,8 @@ def _ascending(pair: List[float]) -> List[float]:
 
 
 def _of_channels(numbers: List[float]) -> List[float]:
-    if len(numbers) not in (0, 3):
-        raise ValueError("a number for each of the three channels")
+    if len(numbers) not in (0, 1, 3):
+        raise ValueError("one number, or one for each of the three channels")
     return numbers
 
 
@@ -109,6 +110,60 @@ class ArrayDataset(Dataset):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A picture in RGB, turned as its EXIF orientation says: cameras write how they were held.
+
+    Raises:
+        OSError: It has more than 8 bits a channel, which Pillow would clip and not scale.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise OSError(f"mode {image.mode!r}: expected 8 bits a channel; scale it to 0…255 and save it again.")
+    ImageOps.exif_transpose(image, in_place=True)
+    return image.convert("RGB")
+
+
+def read_image(file: Union[str, Path]) -> Image.Image:
+    """The picture of a file, see `upright`."""
+    with Image.open(file) as image:
+        return upright(image)
+
+
+class ImageFolder(Dataset):
+    """The images `<class>/<image>` of a folder; hidden files and folders are none. timm's loader sets `transform`.
+
+    Names are sorted as timm sorts them: numbers in them are numbers.
+
+    Raises:
+        ConfigError: There is no image, or one lies elsewhere, where it is not clear to which class it belongs.
+    """
+
+    def __init__(self, root: Path):
+        found = glob.glob("**/*", root_dir=root, recursive=True)
+        files = sorted(file for file in found if Path(file).suffix.lower() in SUFFIXES)
+        files.sort(key=natural_key)
+        if not files:
+            raise ConfigError(f"data: there is no image in the folders of {str(root)!r}.")
+        for file in files:
+            if file.count(os.sep) != 1:
+                raise ConfigError(
+                    f"data: {root / file} belongs to no class: expected {root / 'CLASS' / Path(file).name}. Move it or "
+                    "remove it."
+                )
+        names = [os.path.dirname(file) for file in files]
+        self.files = tuple(str(root / file) for file in files)
+        self.classes = sorted(sorted(set(names)), key=natural_key)
+        number = {name: number for number, name in enumerate(self.classes)}
+        self.labels = [number[name] for name in names]
+        self.transform: Optional[Callable] = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = read_image(self.files[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
 class View(Dataset):
     """Some images of a data set, each warped; timm's loader sets `transform`, which comes after the warp.
 
@@ -136,7 +191,7 @@ class View(Dataset):
         index = int(self.indices[index])
         image, label = self.dataset[index]
         if not self.warp.idle:
-            image = self._warped(image.convert("RGB"), index)
+            image = self._warped(upright(image), index)
         return (self.transform(image) if self.transform else image), label
 
     def _warped(self, image: Image.Image, index: int) -> Image.Image:
@@ -215,15 +270,14 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
     if config.data == "fashion-mnist" and FASHION_MNIST.is_dir():
         return _fashion_mnist(FASHION_MNIST, train)
     split = "train" if train else "validation"
-    if Path(config.data).is_dir():
-        folders = [f for f in ("train", "val", "validation") if (Path(config.data) / f).is_dir()]
-        if "train" not in folders or len(folders) < 2:
+    root = Path(config.data)
+    if root.is_dir():
+        # to validate alone, the folder of the classes will do
+        folders = ["train"] if train else ["validation", "val", *([] if (root / "train").is_dir() else ["."])]
+        found = [root / folder for folder in folders if (root / folder).is_dir()]
+        if not found:
             raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
-        add_img_extensions(MORE_SUFFIXES)
-        try:
-            return create_dataset("", root=config.data, split=split)
-        except RuntimeError as error:  # timm's, where there is no image
-            raise ConfigError(f"data: {config.data!r}: {error}") from None
+        return ImageFolder(found[0])
     known = TORCHVISION.get(config.data)
     if not known and not config.data.startswith(TIMM_PREFIXES):
         raise ConfigError(
@@ -265,11 +319,8 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
 
 def _labels(dataset: Dataset) -> Optional[np.ndarray]:
     """The label of each image `[N]`, None where it cannot be told without reading the images."""
-    for name in ("labels", "targets"):
-        if hasattr(dataset, name):
-            return np.asarray(getattr(dataset, name))
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    return None if samples is None else np.asarray([label for _, label in samples])
+    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    return None if labels is None else np.asarray(labels)
 
 
 def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -311,16 +362,6 @@ def _subset(key: str, dataset: Dataset, count: int, least: int, seed: int) -> Op
     return stratified_subset(labels, count, seed)
 
 
-def check_depth(image: Image.Image) -> None:
-    """Refuses a picture of more than 8 bits a channel, which Pillow would clip and not scale.
-
-    Raises:
-        OSError: It is of such a mode.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise OSError(f"mode {image.mode!r}: expected 8 bits a channel; scale it to 0…255 and save it again.")
-
-
 @lru_cache
 def _check_files(files: Tuple[str, ...]) -> None:
     """Decodes images, the JPEG ones at an eighth of their size, and refuses one that cannot be decoded."""
@@ -329,14 +370,14 @@ def _check_files(files: Tuple[str, ...]) -> None:
         try:
             with Image.open(file) as image:
                 image.draft(None, (1, 1))
-                image.load()
-                check_depth(image)
+                upright(image)
         except Exception as error:  # each of Pillow's decoders has exceptions of its own
             return f"{file}: {error}"
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = [text for text in pool.map(problem, files) if text]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
+        looked = bar.track(pool.map(problem, files), len(files), description="looking at the images")
+        problems = [text for text in looked if text]
     if problems:
         more = f" ({len(problems) - 1} more cannot be read either)" if len(problems) > 1 else ""
         raise ConfigError(f"data: an image cannot be read; remove it or put it right: {problems[0]}{more}")
@@ -344,15 +385,13 @@ def _check_files(files: Tuple[str, ...]) -> None:
 
 def _check(config: DataConfig, train: Dataset, val: Dataset) -> None:
     """Refuses what would end in a traceback during training, or in a number that means nothing."""
-    readers = [getattr(dataset, "reader", None) for dataset in (train, val)]
-    names: Dict[int, str] = {}
-    if all(isinstance(reader, ReaderImageFolder) for reader in readers):
-        known = [set(reader.class_to_idx) for reader in readers]
-        for split, missing in (("validation", known[0] - known[1]), ("training", known[1] - known[0])):
-            if missing:  # timm numbers the classes of each folder on its own, so the labels would not match either
-                first = ", ".join(sorted(missing)[:5])
-                raise ConfigError(f"data: {config.data!r} has no {split} image of class {first}.")
-        names = {number: name for name, number in readers[0].class_to_idx.items()}
+    names = class_names(train) or []
+    for split, missing in (
+        ("validation", set(names) - set(class_names(val) or names)),
+        ("training", set(class_names(val) or names) - set(names)),
+    ):
+        if missing:  # the classes of each folder are numbered on their own, so the labels would not match either
+            raise ConfigError(f"data: {config.data!r} has no {split} image of class {', '.join(sorted(missing)[:5])}.")
     labels = _labels(train), _labels(val)
     if labels[0] is not None and labels[1] is not None:
         absent = np.setdiff1d(labels[0], labels[1])
@@ -363,12 +402,8 @@ def _check(config: DataConfig, train: Dataset, val: Dataset) -> None:
             raise ConfigError(f"data: {config.data!r} has one class; there is nothing to tell apart.")
         if counts.min() < 2:
             label = int(classes[counts.argmin()])
-            raise ConfigError(
-                f"data: {config.data!r} has one training image of class {names.get(label, label)}; it takes two."
-            )
-    for reader in readers:
-        if isinstance(reader, ReaderImageFolder):
-            _check_files(tuple(file for file, _ in reader.samples[:: -(-len(reader) // CHECKED_IMAGES)]))
+            name = names[label] if names else label
+            raise ConfigError(f"data: {config.data!r} has one training image of class {name}; it takes two.")
 
 
 def class_count(config: DataConfig, dataset: Dataset) -> int:
@@ -384,9 +419,14 @@ def class_count(config: DataConfig, dataset: Dataset) -> int:
 
 
 def normalisation(config: DataConfig, pretrained_cfg: dict) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """(mean, std): the configured, else those of `STATISTICS`, else the model's."""
+    """(mean, std) of the model's channels, 3 or 1 (grey): the configured, else those of `STATISTICS`, else its own."""
     theirs = STATISTICS.get(config.data, (pretrained_cfg["mean"], pretrained_cfg["std"]))
-    return tuple(config.mean or theirs[0]), tuple(config.std or theirs[1])
+    channels = pretrained_cfg["input_size"][0]
+    if channels not in (1, 3):
+        raise ConfigError(f"model_args: in_chans={channels}: images have 3 channels, or 1 in grey.")
+    pair = tuple(config.mean or theirs[0]), tuple(config.std or theirs[1])
+    mean, std = (n if len(n) == channels else (sum(n) / len(n),) * channels for n in pair)
+    return mean, std
 
 
 def evaluation_crop(config: DataConfig, pretrained_cfg: dict) -> Tuple[float, str]:
@@ -397,6 +437,17 @@ def evaluation_crop(config: DataConfig, pretrained_cfg: dict) -> Tuple[float, st
 def image_size(config: DataConfig, pretrained_cfg: dict) -> int:
     """Edge of the input images: the configured, else the model's."""
     return config.input_size or pretrained_cfg["input_size"][-1]
+
+
+def _view(config: DataConfig, dataset: Dataset, train: bool, seed: int = 0) -> Dataset:
+    """The data set, or the part of it and the warps that the configuration asks for."""
+    key, where, least = ("train_images", "warp", 2) if train else ("val_images", "val_warp", 1)
+    count, warp = getattr(config, key), build(Warp, config.warp if train else {**config.warp, **config.val_warp}, where)
+    if count == 0 and warp.idle:
+        return dataset
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ConfigError(f"data: {config.data!r} is a stream: it has no subsets and no warps.")
+    return View(dataset, _subset(key, dataset, count, least, seed), warp, frozen=not train)
 
 
 def make_datasets(config: DataConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
@@ -411,29 +462,31 @@ def make_datasets(config: DataConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
     """
     train, val = _dataset(config, True), _dataset(config, False)
     _check(config, train, val)
-    warp = build(Warp, config.warp, where="warp")
-    val_warp = build(Warp, {**config.warp, **config.val_warp}, where="val_warp")
-    if isinstance(train, torch.utils.data.IterableDataset):
-        if config.train_images or config.val_images or not (warp.idle and val_warp.idle):
-            raise ConfigError(f"data: {config.data!r} is a stream: it has no subsets and no warps.")
-        return train, val
-    if config.train_images or not warp.idle:
-        train = View(train, _subset("train_images", train, config.train_images, 2, seed), warp)
-    if config.val_images or not val_warp.idle:
-        chosen = _subset("val_images", val, config.val_images, 1, 0)
-        val = View(val, chosen, val_warp, frozen=True)
-    return train, val
+    _check_files(getattr(train, "files", ()) + getattr(val, "files", ()))
+    return _view(config, train, True, seed), _view(config, val, False)
+
+
+def make_validation_set(config: DataConfig) -> Dataset:
+    """The validation part of `make_datasets` for a network that is trained: there may be no other.
+
+    Raises:
+        ConfigError: The data cannot be had; the message says what to do.
+    """
+    dataset = _dataset(config, False)
+    _check_files(getattr(dataset, "files", ()))
+    return _view(config, dataset, False)
 
 
 def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, train: bool) -> DataLoader:
-    """timm's loader, with its training augmentation or its validation transform."""
+    """timm's loader, with its training augmentation or its validation transform; `[B, 1, S, S]` for a grey network."""
     if train and hasattr(dataset, "__len__") and len(dataset) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
     mean, std = normalisation(config, pretrained_cfg)
     size, (crop, interpolation) = image_size(config, pretrained_cfg), evaluation_crop(config, pretrained_cfg)
     if isinstance(dataset, View):
         dataset.least = size
-    return create_loader(
+    grey = len(mean) == 1
+    loader = create_loader(
         dataset,
         input_size=(3, size, size),
         batch_size=config.batch_size,
@@ -444,8 +497,8 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
         color_jitter=config.color_jitter,
         auto_augment=config.auto_augment,
         re_prob=config.re_prob if train else 0.0,
-        mean=mean,
-        std=std,
+        mean=mean * 3 if grey else mean,
+        std=std * 3 if grey else std,
         num_workers=config.workers,
         crop_pct=crop,
         interpolation=config.interpolation or "random" if train else interpolation,
@@ -453,3 +506,7 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
         use_prefetcher=False,
         persistent_workers=False,
     )
+    # timm's augmentations are made for three channels
+    before, after = ([v2.Grayscale(3)], [itemgetter(slice(1))]) if grey else ([], [])
+    dataset.transform = v2.Compose([upright, *before, dataset.transform, *after])
+    return loader

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Tupl
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .config import ConfigError
-from .data import check_depth, image_size, normalisation, textures
+from .data import SUFFIXES, image_size, normalisation, read_image, textures
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -23,7 +23,6 @@ IGNORED = 255
 # Training and validation images of the curves.
 CURVES = {"train": 192, "val": 96}
 CURVE_SIZE = 64
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class MaskDataset(Dataset):
@@ -110,7 +109,12 @@ class CurveDataset(MaskDataset):
 def _files(folder: Path) -> Dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"data: there is no folder {folder}; expected train/ and val/ with images/ and masks/ each.")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    files: Dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in files:
+                raise ConfigError(f"data: {files[path.stem]} and {path.name} have one name; keep one of them.")
+            files[path.stem] = path
     if not files:
         raise ConfigError(f"data: there is no image in {str(folder)!r}.")
     return files
@@ -122,7 +126,7 @@ def _mask(path: Path) -> np.ndarray:
             raise ConfigError(f"data: {path} is in colour ({image.mode}); a mask's pixels are class numbers.")
         if image.format == "JPEG":
             raise ConfigError(f"data: {path} is a JPEG file, which changes class numbers; save masks as PNG files.")
-        return np.asarray(image).astype(np.int64)
+        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
 
 
 @lru_cache
@@ -137,16 +141,12 @@ def _pairs(root: str, split: str) -> Tuple[Tuple[Path, Path, Tuple[int, ...]], .
     pairs = []
     for name, image in images.items():
         try:
-            mask = _mask(masks[name])
-            with Image.open(image) as picture:
-                size = picture.size  # before a JPEG file is decoded at an eighth of it
-                picture.draft(None, (1, 1))
-                picture.load()
-                check_depth(picture)
+            mask, size = _mask(masks[name]), read_image(image).size
         except (OSError, Image.DecompressionBombError) as error:
             raise ConfigError(f"data: {split}: {name!r} cannot be read; remove it or put it right: {error}") from None
         if size != mask.shape[::-1]:
-            raise ConfigError(f"data: {image} is {size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]} pixels.")
+            sizes = f"{size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]} pixels"
+            raise ConfigError(f"data: {image} is {sizes} (each turned as its EXIF orientation says).")
         pairs.append((image, masks[name], tuple(np.unique(mask).tolist())))
     return tuple(pairs)
 
@@ -159,11 +159,10 @@ class FolderDataset(MaskDataset):
         self.pairs, self.binary = pairs, binary
 
     def read(self, index: int) -> Tuple[Image.Image, np.ndarray]:
-        """The picture and the mask as their files have them."""
+        """The picture and the mask of two files, each turned as its EXIF orientation says."""
         image, mask, _ = self.pairs[index]
         numbers = _mask(mask)
-        with Image.open(image) as picture:
-            return picture.convert("RGB"), (numbers > 0).astype(np.int64) if self.binary else numbers
+        return read_image(image), (numbers > 0).astype(np.int64) if self.binary else numbers
 
 
 def _folder(config: "TrainConfig") -> List[MaskDataset]:

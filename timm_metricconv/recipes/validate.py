@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from .config import ConfigError, option
-from .data import DataConfig, class_count, class_names, evaluation_crop, image_size, make_datasets, make_loader
+from .data import DataConfig, class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
 from .network import create_model, parameter_counts
 from .report import print_table, update_csv, write_summary
 from .tasks import CLASSIFICATION
@@ -53,7 +53,7 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
         ConfigError: The configuration cannot be used.
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.amp)
-    _, dataset = make_datasets(config)
+    dataset = make_validation_set(config)
     classes = class_count(config, dataset)
     wanted = None if config.pretrained else classes
     model = create_model(config.model, config.model_args, pretrained=config.pretrained, num_classes=wanted)

@@ -23,7 +23,7 @@ from ..viz import (
     strong_edges,
 )
 from .config import ConfigError, option
-from .data import check_depth
+from .data import read_image
 from .network import create_model, randomise_predictors
 from .report import write_atomic
 from .run import RunConfig
@@ -70,9 +70,7 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
     numpy, pillow = need("numpy", "numpy"), need("PIL.Image", "pillow")
     if Path(name).is_file():
         try:
-            with pillow.open(name) as file:
-                check_depth(file)
-                picture = need("PIL.ImageOps", "pillow").exif_transpose(file).convert("RGB")
+            picture = read_image(name)
         except (OSError, pillow.DecompressionBombError) as error:
             raise ConfigError(f"image: {name!r} is no image that Pillow can read ({error}).") from None
     else:
