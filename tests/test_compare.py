@@ -192,6 +192,10 @@ def test_every_network_starts_alike(tmp_path, conv, kernel, init):
         ({"seeds": []}, "seeds: the list is empty"),
         ({"source": {"epochs": 0}}, "epochs: expected a number greater than 0"),
         ({"conv": ["metrik"]}, "conv: expected some of"),
+        ({"variants": {"metric": {"conv": "metric"}}}, r"variants\.metric: expected a name of its own"),
+        ({"variants": {"bent": {"conv": "metrik"}}}, r"variants\.bent: .* conv \(one of"),
+        ({"variants": {"bent": {"conv": "metric", "conv_cfg": {}}}}, r"variants\.bent: .* model_args"),
+        ({"variants": {"bent": {"conv": "metric", "train": {"seed": 1}}}}, r"train\.seed: the comparison sets it"),
         ({"model": "vit_tiny"}, "model: expected one of"),
         ({"train": {"epoch": 3}}, "unknown key 'epoch'. Did you mean 'epochs'"),
     ],
@@ -200,3 +204,14 @@ def test_refusals(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         compare(tiny(tmp_path, **changes))
     assert not (tmp_path / "compare" / "summary.json").exists()
+
+
+def test_a_variant_changes_what_it_names(tmp_path):
+    """The layer's argument and the training's are its own; what it does not name is the comparison's."""
+    mild = {"conv": "metric", "model_args": {"conv_cfg": {"pattern": "onion"}}, "train": {"predictor_lr": 0.5}}
+    config = tiny(tmp_path, conv=["metric", "mild"], variants={"mild": mild})
+    compare_module._check(config)
+    runs = [compare_module._run(config, Cell(conv, "scratch", "learnable"), 0, None, []) for conv in config.conv]
+    assert [run.predictor_lr for run in runs] == [0.1, 0.5] and runs[0].epochs == runs[1].epochs
+    assert [run.model_args["conv_cfg"] for run in runs] == [{"eps_omega": 0.9}, {"eps_omega": 0.9, "pattern": "onion"}]
+    assert {run.model for run in runs} == {"test_resnet_metric"} and runs[1].model_args["stem"] == "cifar"

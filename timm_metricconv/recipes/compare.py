@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional, Tup
 from timm.models import list_models
 
 from ..layers import BallConv2d
-from .config import ConfigError, build, option
+from .config import ConfigError, build, merge, option
 from .data import image_size
 from .diagnosis import mean_diagnosis, plot_geometry
 from .launch import LaunchConfig, run_all
@@ -20,7 +20,9 @@ from .train import TASKS, Seed, TrainConfig
 
 CONVS = ("standard", "shifted", "deform", "metric")
 # Run where they are named.
-OTHERS = ("metric-geodesic", "active", "affine")
+OTHERS = ("active", "affine")
+# Convolutions that differ from another, `conv`, by these arguments of the model or of the training.
+VARIANTS = {"metric-geodesic": {"conv": "metric", "model_args": {"conv_cfg": {"ball": "geodesic"}}}}
 _COLOURS = {
     "standard": "#555555",
     "shifted": "#E69F00",
@@ -32,7 +34,7 @@ _COLOURS = {
 }
 
 # Rows may be added to a comparison, and it may go on elsewhere.
-ROWS = ("conv", "init", "kernel", "seeds", "launcher", "gpus_per_run")
+ROWS = ("conv", "variants", "init", "kernel", "seeds", "launcher", "gpus_per_run")
 # What a comparison sets for each run.
 OWN = (
     *("name", "output", "task", "seed", "model", "model_args"),
@@ -53,7 +55,8 @@ class CompareConfig(LaunchConfig, RunConfig):
     task: Literal["classification", "segmentation"] = option("classification", "what is learnt, from `train`'s data")
     model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
     model_args: Dict[str, Any] = option({}, "arguments of all networks: stem, layout, stages, conv_cfg")
-    conv: List[str] = option(list(CONVS), "which of standard, shifted, deform, metric, metric-geodesic, active, affine")
+    conv: List[str] = option(list(CONVS), f"which of {', '.join((*CONVS, *OTHERS, *VARIANTS))} and the variants")
+    variants: Dict[str, Dict[str, Any]] = option({}, "more of them, {name: {conv, model_args, train}}: what differs")
     init: List[Init] = option(["transfer", "scratch"], "transfer (TL), uniform (the paper's TL), scratch (SC)")
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
     seeds: List[Seed] = option([0, 1], "one run for each")
@@ -83,14 +86,13 @@ def _cells(config: CompareConfig) -> Iterator[Cell]:
 
 def _network(config: CompareConfig, conv: str) -> Dict[str, Any]:
     """`model` and `model_args` of a training run: the standard network is the converted one with no stage converted."""
+    variant = {**VARIANTS, **config.variants}.get(conv, {"conv": conv})
+    conv, arguments = variant["conv"], merge(config.model_args, variant.get("model_args", {}))
     if conv == "standard":
-        return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "stages": []}}
-    if conv == "metric-geodesic":
-        cfg = {**config.model_args.get("conv_cfg", {}), "ball": "geodesic"}
-        return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv_cfg": cfg}}
+        return {"model": f"{config.model}_metric", "model_args": {**arguments, "stages": []}}
     if f"{config.model}_{conv}" in list_models(f"{config.model}_*"):
-        return {"model": f"{config.model}_{conv}", "model_args": config.model_args}
-    return {"model": f"{config.model}_metric", "model_args": {**config.model_args, "conv": conv}}
+        return {"model": f"{config.model}_{conv}", "model_args": arguments}
+    return {"model": f"{config.model}_metric", "model_args": {**arguments, "conv": conv}}
 
 
 def _kernels(config: CompareConfig) -> List[str]:
@@ -222,6 +224,7 @@ def _run(config: CompareConfig, cell: Cell, seed: int, checkpoint: Optional[str]
     uniform = cell.init == "uniform" or (cell.init == "scratch" and cell.kernel == "fixed")
     return _train_config(
         config,
+        **config.variants.get(cell.conv, {}).get("train", {}),
         **_network(config, cell.conv),
         name=cell.label,
         output=str(_run_folder(config, cell, seed)),
@@ -236,9 +239,17 @@ def _run(config: CompareConfig, cell: Cell, seed: int, checkpoint: Optional[str]
 
 def _check(config: CompareConfig) -> None:
     """Refuses what cannot be run before anything runs."""
-    unknown = [conv for conv in config.conv if conv not in CONVS + OTHERS]
+    for name, variant in config.variants.items():
+        strange = sorted(variant.keys() - {"conv", "model_args", "train"})
+        if strange or variant.get("conv") not in CONVS + OTHERS or name in (*CONVS, *OTHERS, *VARIANTS):
+            raise ConfigError(
+                f"variants.{name}: expected a name of its own, conv (one of {', '.join(CONVS + OTHERS)}), and "
+                f"model_args and train for what differs; got {variant}."
+            )
+    convs = (*CONVS, *OTHERS, *VARIANTS, *config.variants)
+    unknown = [conv for conv in config.conv if conv not in convs]
     if unknown:
-        raise ConfigError(f"conv: expected some of {', '.join(CONVS + OTHERS)}; got {unknown}.")
+        raise ConfigError(f"conv: expected some of {', '.join(convs)}; got {unknown}.")
     if f"{config.model}_metric" not in list_models("*_metric"):
         known = ", ".join(name.removesuffix("_metric") for name in list_models("*_metric"))
         raise ConfigError(f"model: expected one of {known}; got {config.model!r}.")
@@ -247,10 +258,11 @@ def _check(config: CompareConfig) -> None:
             raise ConfigError(f"{key}: the list is empty, there is nothing to compare.")
         if len(set(getattr(config, key))) < len(getattr(config, key)):
             raise ConfigError(f"{key}: expected different ones; got {getattr(config, key)}.")
-    for key in OWN:
-        if key in config.train:
-            raise ConfigError(f"train.{key}: the comparison sets it for each run; leave it out.")
-    _train_config(config)
+    for train in (config.train, *(variant.get("train", {}) for variant in config.variants.values())):
+        for key in OWN:
+            if key in train:
+                raise ConfigError(f"train.{key}: the comparison sets it for each run; leave it out.")
+        _train_config(config, **train)
     build(TrainConfig, config.source, where="source")
 
 

@@ -78,7 +78,8 @@ for _tag, _pattern in {
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
-def _merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict[str, Any]:
+def merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict[str, Any]:
+    """`base` with the values of `update`, key by key in the dictionaries of both; `path` is their place, for errors."""
     merged = dict(base)
     for key, value in update.items():
         if isinstance(value, dict) and merged.get(key) is not None:
@@ -87,7 +88,7 @@ def _merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict
                 raise ConfigError(
                     f"{what}, so it has no {path}{key}.{next(iter(value), '')}; leave one of the two out."
                 )
-            value = _merge(merged[key], value, f"{path}{key}.")
+            value = merge(merged[key], value, f"{path}{key}.")
         merged[key] = value
     return merged
 
@@ -114,7 +115,7 @@ def read_yaml(path: Union[str, Path], derived: Sequence[Path] = ()) -> Dict[str,
     if not isinstance(data, (dict, type(None))):
         raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
     base = (data or {}).pop("base", None)
-    return (data or {}) if base is None else _merge(read_yaml(Path(path).parent / str(base), chain), data)
+    return (data or {}) if base is None else merge(read_yaml(Path(path).parent / str(base), chain), data)
 
 
 def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
@@ -141,7 +142,7 @@ def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
         value = read[0] if len(read) == 1 else read
         for part in reversed(key.split(".")):
             value = {part: value}
-        result = _merge(result, value)
+        result = merge(result, value)
     return result
 
 
@@ -175,7 +176,7 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
     values = {} if path is None else read_yaml(path)
     if path is not None and any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
         values.setdefault("name", Path(path).stem)
-    return build(cls, _merge(values, overrides), where=str(path or "command line"))
+    return build(cls, merge(values, overrides), where=str(path or "command line"))
 
 
 def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> None:
