@@ -337,13 +337,6 @@ def tiny(recipes, output, **changes):
     return recipes["module"].TrainConfig(**{**values, **changes})
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate allows one precision in the life of a process; each test is a process of its own."""
-    state = pytest.importorskip("accelerate.state", reason="needs the extra [demo]")
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def mount(tmp_path):
     """Mounts a tmpfs with the given options on a folder, where that is allowed."""

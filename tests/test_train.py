@@ -1,6 +1,7 @@
 """Training end to end on tiny data: what it writes, kill and resume, two processes, refusals."""
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
 import numpy as np
-from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.scheduler import create_scheduler, create_scheduler_v2
 
@@ -39,12 +39,6 @@ from timm_metricconv.recipes.train import (
 from timm_metricconv.recipes.validate import ValidateConfig, validate
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate allows one precision in the life of a process; each test is a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +70,22 @@ def tiny(tmp_path, images, **changes) -> TrainConfig:
         **changes,
     }
     return TrainConfig(**values)
+
+
+@pytest.mark.slow
+def test_a_saved_network_goes_on_in_another_precision(tmp_path, images):
+    """`local-dir:` starts from its weights without another word; accelerate alone would ask for a new process."""
+    first = tiny(tmp_path, images, epochs=1)
+    train(first, quiet=True)
+    folder = f"local-dir:{first.folder}/model"
+    second = tiny(tmp_path, images, output=str(tmp_path / "second"), model=folder, model_args={}, epochs=1, amp="bf16")
+    started = {}
+    train(second, quiet=True, prepare=lambda model: started.update(copy.deepcopy(model.state_dict())))
+    saved = weights(first.folder)
+    assert all(torch.equal(started[key], saved[key]) for key in saved)
+    scratch = build_model(TrainConfig(model=folder, pretrained=False), 2).state_dict()
+    assert not torch.equal(scratch["fc.weight"], saved["fc.weight"])
+    assert validate(ValidateConfig(model=folder, data=images, workers=0, batch_size=5))["images"] == 12
 
 
 def weights(folder: Path):

@@ -29,9 +29,9 @@ SUFFIX = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
 class ExportConfig:
     """An export."""
 
-    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir: (these load their weights)")
+    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model: num_classes, stem, conv_cfg, ...")
-    pretrained: bool = option(False, "load the weights that timm has for this name")
+    pretrained: Optional[bool] = option(None, "load the model's weights; by default those of hf-hub: and local-dir:")
     checkpoint: Optional[str] = option(None, "load this .safetensors file")
     format: Literal["onnx", "export", "aoti"] = option("onnx", "onnx, export (torch.export) or aoti (AOTInductor)")
     output: Optional[str] = option(None, "file to write; by default <model>.onnx or <model>.pt2")
@@ -61,8 +61,7 @@ def load_network(config: ExportConfig) -> nn.Module:
     Raises:
         ConfigError: The model is unknown, refuses its arguments, or the checkpoint is missing or does not fit.
     """
-    # a folder or a repository of weights without its weights would be no use
-    pretrained = (config.pretrained or ":" in config.model) and not config.checkpoint
+    pretrained = False if config.checkpoint else config.pretrained
     model = create_model(config.model, config.model_args, pretrained=pretrained).eval()
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint)

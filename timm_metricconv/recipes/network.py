@@ -22,7 +22,7 @@ class NetworkConfig:
     """Which network is trained, and what it starts from."""
 
     model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
-    pretrained: bool = option(False, "start from the model's pretrained weights")
+    pretrained: Optional[bool] = option(None, "start from the model's weights; by default of hf-hub: and local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
     checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
     allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
@@ -30,21 +30,26 @@ class NetworkConfig:
     fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
     kernels: List[str] = option([], "layers that kernel_start and fixed_kernel mean; by default the adaptive ones")
 
+    def __post_init__(self):
+        if self.pretrained is None:
+            self.pretrained = ":" in str(self.model) and not self.checkpoint
+
 
 def create_model(
-    name: str, model_args: Dict[str, Any], *, pretrained: bool = False, num_classes: Optional[int] = None
+    name: str, model_args: Dict[str, Any], *, pretrained: Optional[bool] = None, num_classes: Optional[int] = None
 ) -> nn.Module:
     """timm's model of that name.
 
     Args:
         name: Any that `timm.create_model` takes.
         model_args: Its arguments.
-        pretrained: Load its weights.
+        pretrained: Load its weights; by default where it names a folder or a repository of weights.
         num_classes: Overrides that of `model_args`, which overrides the model's own.
 
     Raises:
         ConfigError: timm does not know the model, or it refuses its arguments or its weights.
     """
+    pretrained = ":" in name if pretrained is None else pretrained
     arguments = model_args if num_classes is None else {**model_args, "num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Callable, Dict, Iterator, List, Literal, Opti
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
@@ -92,6 +93,7 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
     seed: Seed = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"warmup_epochs: expected fewer than epochs, {self.epochs}, or lr is never reached; "
@@ -99,6 +101,24 @@ class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
             )
         if self.warmup_lr is not None and self.warmup_lr > self.lr:
             raise ConfigError(f"warmup_lr: expected at most lr, {self.lr:g}; got {self.warmup_lr:g}.")
+
+
+def make_accelerator(amp: str, **options: Any) -> Accelerator:
+    """An accelerator, also of another precision than the one before it in this process.
+
+    Raises:
+        ConfigError: There is no such precision on this machine.
+    """
+    if AcceleratorState._shared_state.get("_mixed_precision", amp) != amp:
+        AcceleratorState._reset_state()
+    try:
+        # without `cpu`, accelerate takes two processes on a machine without accelerator for two runs
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=amp, **options)
+    except ValueError as error:
+        raise ConfigError(f"amp={amp!r}: {error}") from None
+    if amp == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("amp='fp16' needs a GPU and there is none; on a CPU take 'bf16' or 'no'.")
+    return accelerator
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Scheduler]:
@@ -229,20 +249,13 @@ class _Trainer:
     def __init__(self, config: TrainConfig, quiet: bool, prepare: Optional[Callable[[nn.Module], None]]):
         self.config, self.quiet = config, quiet
         self.task = TASKS[config.task]
-        try:
-            self.accelerator = Accelerator(
-                # without this, accelerate takes two processes on a machine without accelerator for two runs
-                cpu=not torch.accelerator.is_available(),
-                mixed_precision=config.amp,
-                gradient_accumulation_steps=config.grad_accum,
-                # the order of an epoch follows from (seed, epoch) alone, so a resumed run sees the same images
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-                step_scheduler_with_optimizer=False,
-            )
-        except ValueError as error:
-            raise ConfigError(f"amp={config.amp!r}: {error}") from None
-        if config.amp == "fp16" and self.accelerator.device.type == "cpu":
-            raise ConfigError("amp='fp16' needs a GPU and there is none; on a CPU take 'bf16' or 'no'.")
+        self.accelerator = make_accelerator(
+            config.amp,
+            gradient_accumulation_steps=config.grad_accum,
+            # the order of an epoch follows from (seed, epoch) alone, so a resumed run sees the same images
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            step_scheduler_with_optimizer=False,
+        )
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)
         with self.accelerator.main_process_first():  # one process downloads

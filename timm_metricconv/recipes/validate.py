@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Dict, Literal, Optional
 
-import torch
-from accelerate import Accelerator
-
 from .config import ConfigError, option
 from .data import DataConfig, class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
 from .network import create_model, parameter_counts
 from .report import print_table, update_csv, write_summary
 from .tasks import CLASSIFICATION
-from .train import evaluate
+from .train import evaluate, make_accelerator
 
 
 @dataclass
@@ -52,7 +49,7 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
     Raises:
         ConfigError: The configuration cannot be used.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.amp)
+    accelerator = make_accelerator(config.amp)
     dataset = make_validation_set(config)
     classes = class_count(config, dataset)
     wanted = None if config.pretrained else classes

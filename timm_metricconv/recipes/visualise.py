@@ -49,7 +49,7 @@ class VisualiseConfig(RunConfig):
     points: List[Point] = option([], "[x, y] of the pixels in close-up; by default three strong edges")
     model: Optional[str] = option(None, "any timm model name, hf-hub: or local-dir:")
     model_args: Dict[str, Any] = option({}, "arguments of the model")
-    pretrained: bool = option(False, "load the model's weights")
+    pretrained: Optional[bool] = option(None, "load the model's weights; by default those of hf-hub: and local-dir:")
     random: float = option(0.0, "size of random raw channels that untrained predictors give; 0 keeps the predictors")
     layers: List[str] = option([], "names of its layers; by default the first that is metric, deformable, ...")
     cam: Dict[str, str] = option({}, "label: model name; networks whose Grad-CAM stand side by side")
@@ -90,10 +90,9 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
 
 
 def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> nn.Module:
-    # a folder or a repository of weights without its weights would be no use
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # an untrained network is the same every time
-        return create_model(name, arguments, pretrained=config.pretrained or ":" in name).eval()
+        return create_model(name, arguments, pretrained=config.pretrained).eval()
 
 
 def as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
