@@ -1,6 +1,6 @@
 """Configurations: YAML and command line, types, misspelt keys."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional
 
@@ -8,10 +8,13 @@ import pytest
 
 pytest.importorskip("accelerate", reason="needs the extra [demo]")
 
+from pydantic.dataclasses import dataclass
+
 from timm_metricconv.recipes.compare import CompareConfig
 from timm_metricconv.recipes.config import (
     ConfigError,
     RecipeError,
+    Settings,
     build,
     from_command_line,
     main,
@@ -24,7 +27,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclass
-class Example:
+class Example(Settings):
     name: str = option("example", "")
     rate: float = option(0.1, "")
     steps: int = option(3, "")
@@ -103,7 +106,7 @@ def test_a_file_and_a_word_read_alike(tmp_path):
         ("--scale 1 0.5", "scale: expected the least and then the most"),
         ("--lr inf", "lr: expected a finite number"),
         ("--std 1 0 1", "std: expected a number greater than 0"),
-        ("--mean 1 2", "mean: expected a number for each of the three channels"),
+        ("--mean 1 2", "mean: expected one number, or one for each of the three channels"),
         ("--auto_augment nonsense", "auto_augment: expected a policy of timm's"),
         ("--auto_augment rand-m9-foo1", "auto_augment: expected a policy of timm's"),
         ("--opt nonsense", "opt: expected an optimiser of timm's, such as .*adamw.*; got 'nonsense'"),
@@ -115,6 +118,12 @@ def test_a_file_and_a_word_read_alike(tmp_path):
 def test_training_refuses_what_it_cannot_do(arguments, message):
     with pytest.raises(ConfigError, match=message):
         from_command_line(TrainConfig, "", arguments.split())
+
+
+def test_a_configuration_made_in_python_is_checked_too():
+    for wrong in ({"epochs": 0}, {"lr": float("inf")}, {"epoch": 3}, {"conv": ["metric"]}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: "):
+            TrainConfig(**wrong)
 
 
 def test_amp_no():
@@ -169,7 +178,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         (["--nested", "3", "--nested.a", "4"], "nested: '3' is no dictionary, so it has no nested.a"),
         (["--nested.a", "3", "--nested.a.b", "4"], "nested.a: 3 is no dictionary, so it has no nested.a.b"),
         (["--sizes", "3", "x"], "sizes: expected a valid integer.*; got 'x'"),
-        (["--config", "a.yaml", "b.yaml"], "--config: expected a valid string"),
+        (["--config", "a.yaml", "b.yaml"], "--config: expected one file; got a.yaml and b.yaml"),
         (["--config", "nowhere.yaml"], "no file 'nowhere.yaml'"),
         (["--sizes", "[0,1"], "sizes: this is not YAML"),
         (["steps=3"], "expected --key value"),

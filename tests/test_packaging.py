@@ -1,6 +1,7 @@
 """What pyproject.toml declares is what the code imports, and its lowest versions are those that CI installs."""
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -72,6 +73,21 @@ def sources(outer):
 def test_types_are_shipped():
     """In the installed package, where mypy looks."""
     assert (Path(timm_metricconv.__file__).parent / "py.typed").exists()
+
+
+def test_imports_go_one_way():
+    """Whoever reads a file need not have read those that stand on it; what only the types need counts too."""
+    package = ROOT / "timm_metricconv"
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in package.rglob("*.py")}
+    graph = {}
+    for module, path in files.items():
+        for node in (node for node in ast.walk(ast.parse(path.read_text())) if getattr(node, "level", 0)):
+            base = (*module[: len(module) - node.level], *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                candidates = [(*base, alias.name), (*base, alias.name, "__init__"), base, (*base, "__init__")]
+                graph.setdefault(module, set()).add(next(part for part in candidates if part in files))
+    assert len(graph) > 40
+    graphlib.TopologicalSorter(graph).prepare()  # raises and names the circle
 
 
 def test_core_imports_what_it_declares():

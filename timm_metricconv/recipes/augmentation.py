@@ -1,16 +1,16 @@
 """Random warps of pictures: rotation, scale, stretch along any axis, perspective and elastic deformation."""
 
 import math
-from dataclasses import dataclass
 from typing import List
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic.dataclasses import dataclass
 from torchvision.transforms import v2
 
-from .config import ConfigError, option
+from .config import ConfigError, Settings, option
 
 # A grid of so many knots on a side bends a picture elastically.
 KNOTS = 5
@@ -35,8 +35,8 @@ def _homography(points: np.ndarray, images: np.ndarray) -> np.ndarray:
     return np.linalg.solve(rows, images.T.flatten())
 
 
-@dataclass(frozen=True)
-class Warp:
+@dataclass
+class Warp(Settings):
     """A law of random warps; each call draws one from torch's default generator and applies it to a PIL picture.
 
     Rotation, scale, stretch and perspective make one homography, so that a picture is resampled once. The centre of the
@@ -58,12 +58,12 @@ class Warp:
             pair = sorted((neutral, *value)) if len(value) == 1 else value
             if len(pair) != 2 or not least <= pair[0] <= pair[1] <= most:
                 raise ConfigError(
-                    f"warp: {name}: expected one number or [least, most] between {least} and {most}, got {value}."
+                    f"{name}: expected one number or [least, most] between {least} and {most}; got {value}."
                 )
-            object.__setattr__(self, name, [float(number) for number in pair])
+            setattr(self, name, [float(number) for number in pair])
         for name, most in (("perspective", 0.9), ("elastic", 0.2)):
             if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(f"warp: {name}: expected a number from 0 to {most}, got {getattr(self, name)}.")
+                raise ConfigError(f"{name}: expected a number from 0 to {most}; got {getattr(self, name)}.")
 
     @property
     def idle(self) -> bool:

@@ -5,7 +5,6 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Opt
 import timm
 import torch
 from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from rich.progress import track
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +23,7 @@ from torchvision.ops import deform_conv2d
 from ..layers import LAYERS, BallConv2d
 from ..ops import BACKENDS
 from .compile_report import compile_report
-from .config import ConfigError, option
+from .config import ConfigError, Settings, option
 from .network import count_activations, count_macs, create_model, randomise_predictors
 from .report import console, print_table, update_csv, write_atomic
 
@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """A benchmark."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")

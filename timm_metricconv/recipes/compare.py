@@ -1,10 +1,10 @@
 """The fair comparison: the same network, data and training with each convolution, warm-started and from scratch."""
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
 
+from pydantic.dataclasses import dataclass
 from timm.models import list_models
 
 from ..layers import BallConv2d
@@ -14,9 +14,10 @@ from .diagnosis import mean_diagnosis, plot_geometry
 from .launch import LaunchConfig, run_all
 from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
-from .run import RunConfig, check_same_run, read_curves, write_config
+from .run import check_same_run, read_curves, write_config
+from .settings import RunConfig, Seed, TrainConfig
 from .statistics import Difference, mean_interval, paired_difference
-from .train import TASKS, Seed, TrainConfig
+from .train import TASKS
 
 CONVS = ("standard", "shifted", "deform", "metric")
 # Run where they are named.

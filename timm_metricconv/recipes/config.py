@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Type, TypeVar, Union, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 C = TypeVar("C")
 
@@ -17,7 +18,7 @@ class RecipeError(Exception):
     """What stops a recipe and is no defect of the program: scripts print its message and nothing else."""
 
 
-class ConfigError(RecipeError, ValueError):
+class ConfigError(RecipeError):
     """A configuration that cannot be used; the message says what was expected, what came, and what to do."""
 
 
@@ -28,23 +29,35 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def _checked(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a field of type `kind`; what is no list is a list of one where a list is wanted."""
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Settings:
+    """Base of the configurations: a pydantic dataclass, whose values are checked when it is made.
+
+    Raises:
+        ConfigError: A value is of another type or out of its range, in one line.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, values: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            expected = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])
+            expected = re.sub("^(Input should be|Value error,)", "expected", expected)
+            raise ConfigError(f"{first['loc'][0]}: {expected}; got {first['input']!r}.") from None
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A value of a file or a command line for a field of type `kind`: what is no list is a list of one."""
     if isinstance(value, bool):  # a forgotten value (`--lr`), which pydantic would take for the number 1
         value = str(value).lower()
-    try:
-        alone = get_origin(kind) is list and not isinstance(value, (list, tuple))
-        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
-        return adapter.validate_python([value] if alone else value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        expected = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])
-        expected = re.sub("^(Input should be|Value error,)", "expected", expected)
-        raise ConfigError(f"{key}: {expected}; got {first['input']!r}.") from None
+    return [value] if get_origin(kind) is list and not isinstance(value, (list, tuple)) else value
 
 
 def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
-    """The configuration `cls` with `values`, each checked against its field's type.
+    """The configuration `cls` with `values` as a file or a command line has them.
 
     Raises:
         ConfigError: An unknown key (the nearest known one is named), or a value of another type or out of its range.
@@ -55,8 +68,8 @@ def build(cls: Type[C], values: Dict[str, Any], where: str = "config") -> C:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(names)}."
             raise ConfigError(f"{where}: unknown key {key!r}. {hint}")
-    hints = get_type_hints(cls, include_extras=True)
-    return cls(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
+    kinds = get_type_hints(cls)
+    return cls(**{key: _as_written(value, kinds[key]) for key, value in values.items()})
 
 
 def plain(config: Any) -> Dict[str, Any]:
@@ -172,7 +185,9 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
         print(_help(cls, description))
         raise SystemExit(0)
     overrides = _overrides(arguments)
-    path = _checked("--config", overrides.pop("config", None), Optional[str])
+    path = overrides.pop("config", None)
+    if isinstance(path, list):
+        raise ConfigError(f"--config: expected one file; got {' and '.join(path)}.")
     values = {} if path is None else read_yaml(path)
     if path is not None and any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
         values.setdefault("name", Path(path).stem)

@@ -5,24 +5,23 @@ import gzip
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from timm.data import create_dataset, create_loader, create_transform
+from timm.data import create_dataset, create_loader
 from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from .augmentation import Warp
-from .config import ConfigError, build, option
+from .config import ConfigError, build
 from .run import progress
+from .settings import DataConfig
 
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -37,62 +36,6 @@ TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 # Suffixes of the files that are images.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-
-
-def _ascending(pair: List[float]) -> List[float]:
-    if pair[0] > pair[1]:
-        raise ValueError("the least and then the most")
-    return pair
-
-
-def _of_channels(numbers: List[float]) -> List[float]:
-    if len(numbers) not in (0, 1, 3):
-        raise ValueError("one number, or one for each of the three channels")
-    return numbers
-
-
-def _known_policy(policy: str) -> str:
-    try:
-        create_transform(32, is_training=True, auto_augment=policy)
-    except (AssertionError, KeyError, ValueError, IndexError):  # timm's, by what it cannot read
-        raise ValueError("a policy of timm's, such as rand-m9-mstd0.5-inc1 or augmix-m3") from None
-    return policy
-
-
-Crop = Annotated[float, Field(gt=0, le=1)]
-Range = Annotated[List[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
-Mean = Annotated[List[float], AfterValidator(_of_channels)]
-Spread = Annotated[List[PositiveFloat], AfterValidator(_of_channels)]
-Policy = Annotated[str, AfterValidator(_known_policy)]
-
-
-@dataclass
-class DataConfig:
-    """What the images are and how they are shown to a network."""
-
-    data: str = option("digits", "digits[/FIRST-LAST], mnist, textures, fashion-mnist, cifar10, cifar100, a folder, …")
-    data_dir: str = option("data", "root that timm and torchvision download to and read from")
-    num_classes: NonNegativeInt = option(0, "number of classes; 0 asks the data set")
-    input_size: NonNegativeInt = option(0, "images are resized to this; 0 takes the model's own size")
-    train_images: NonNegativeInt = option(0, "train on so many, drawn by the run's seed, each class alike; 0: on all")
-    val_images: NonNegativeInt = option(0, "validate on so many, the same for every seed; 0: on all")
-    warp: Dict[str, Any] = option({}, "random warps: rotation, scale, stretch, perspective, elastic")
-    val_warp: Dict[str, Any] = option({}, "what is otherwise on the validation images, each warped once and for all")
-    mean: Mean = option([], "by default the data set's (CIFAR, Fashion-MNIST) or the model's")
-    std: Spread = option([], "likewise")
-    scale: Range = option([0.08, 1.0], "area range of RandomResizedCrop")
-    ratio: Range = option([0.75, 1.3333], "aspect range of RandomResizedCrop")
-    hflip: Probability = option(0.5, "probability of a horizontal flip")
-    color_jitter: NonNegativeFloat = option(0.0, "strength of colour jitter")
-    auto_augment: Optional[Policy] = option(None, "timm's auto-augment policy, e.g. rand-m9-mstd0.5-inc1")
-    re_prob: Probability = option(0.0, "probability of random erasing")
-    crop_pct: Optional[Crop] = option(None, "centre crop of the validation images; by default the model's own")
-    interpolation: Optional[Interpolation] = option(None, "resizing; by default the model's own, in training random")
-    batch_size: PositiveInt = option(128, "images in a batch, on each device")
-    workers: NonNegativeInt = option(2, "loader processes; 0 loads in the training process")
 
 
 class ArrayDataset(Dataset):

@@ -1,14 +1,14 @@
 """What a denoising experiment runs: its configuration, its rows, and the paper's learning rates and gaps for them."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Dict, List, Literal, NamedTuple, Optional, Tuple
 
 import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from ..geometry import image_metric
-from .config import ConfigError, build, option
-from .run import RunConfig
+from .config import ConfigError, option
+from .settings import RunConfig
 
 Variant = Tuple[str, Optional[float]]
 # Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025): for each method and ε_ω, by k, SGD's learning rate for
@@ -112,7 +112,6 @@ def check(config: DenoiseConfig) -> None:
     Raises:
         ConfigError: A value is out of its range, a list is empty, or two settings do not fit each other.
     """
-    build(DenoiseConfig, vars(config))  # one made in Python has passed no command line
     for key in ("k", "sigma", "method", "kernel"):
         if not getattr(config, key):
             raise ConfigError(f"{key}: the list is empty, there is nothing to do.")

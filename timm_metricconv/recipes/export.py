@@ -5,16 +5,16 @@ import os
 import shutil
 import time
 import timeit
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .config import ConfigError, option
+from .config import ConfigError, Settings, option
 from .network import adaptive_layers, create_model, load_checkpoint
 
 # torch's exporter writes nothing older than 18; its conversion to older op sets fails on these networks and keeps 18.
@@ -26,7 +26,7 @@ SUFFIX = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Settings):
     """An export."""
 
     model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")

@@ -1,10 +1,10 @@
 """A trained network as a repository of the Hugging Face Hub: weights, timm's config.json and a model card."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Tuple
@@ -13,10 +13,11 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from ..layers import LAYERS, BallConv2d
-from .config import ConfigError, option
+from .config import ConfigError, Settings, option
 from .network import adaptive_layers, create_model
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
@@ -35,7 +36,7 @@ CITATION = """@inproceedings{dages2025metric,
 
 
 @dataclass
-class HubConfig:
+class HubConfig(Settings):
     """A push."""
 
     folder: str = option("", "folder of a training run, or any folder that local-dir: loads")
@@ -47,16 +48,16 @@ class HubConfig:
     message: str = option("Upload with timm_metricconv", "commit message")
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What a folder tells about a network; all but the network may be empty."""
 
     model: nn.Module
     files: Path
     settings: Dict[str, Any]
-    training: Dict[str, Any] = field(default_factory=dict)
-    summary: Dict[str, Any] = field(default_factory=dict)
-    last_epoch: Dict[str, str] = field(default_factory=dict)
+    training: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    summary: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    last_epoch: Dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load(folder: Path) -> nn.Module:

@@ -2,21 +2,22 @@
 
 import os
 import socket
-from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Literal, Sequence
 
 from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
 
-from .config import ConfigError, RecipeError, option
+from .config import ConfigError, RecipeError, Settings, option
 from .report import console
-from .train import TrainConfig, train
+from .settings import TrainConfig
+from .train import train
 
 # How often a run is started again whose worker or machine was lost.
 RETRIES = 3
 
 
 @dataclass
-class LaunchConfig:
+class LaunchConfig(Settings):
     """Where independent runs are trained."""
 
     launcher: Literal["here", "ray"] = option("here", "here (one after another) or ray (a machine or RAY_ADDRESS)")

@@ -1,9 +1,8 @@
 """The network of a configuration: made, warm-started, frozen; its predictors, parameter groups and counts."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import timm
 import torch
@@ -12,27 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import BallConv2d
-from .config import ConfigError, option
+from .config import ConfigError
+from .settings import NetworkConfig
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@dataclass
-class NetworkConfig:
-    """Which network is trained, and what it starts from."""
-
-    model: str = option("resnet18_metric", "any timm model name, hf-hub: or local-dir:")
-    pretrained: Optional[bool] = option(None, "start from the model's weights; by default of hf-hub: and local-dir:")
-    model_args: Dict[str, Any] = option({}, "arguments of the model: stem, layout, conv_cfg, ...")
-    checkpoint: Optional[str] = option(None, "start from this .safetensors file, with a new classifier")
-    allow_pickle: bool = option(False, "`checkpoint` may be a .pth, .pt or .bin file (tensors alone are unpickled)")
-    kernel_start: Literal["model", "uniform"] = option("model", "kernels of adaptive layers: as loaded, or uniform")
-    fixed_kernel: bool = option(False, "FKW: no gradient for the kernels of adaptive layers")
-    kernels: List[str] = option([], "layers that kernel_start and fixed_kernel mean; by default the adaptive ones")
-
-    def __post_init__(self):
-        if self.pretrained is None:
-            self.pretrained = ":" in str(self.model) and not self.checkpoint
 
 
 def create_model(

@@ -2,31 +2,18 @@
 
 import csv
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .config import ConfigError, option, plain
+from .config import ConfigError, plain
 from .report import console, write_atomic
+from .settings import RunConfig
 
 # What may differ when a run goes on: where things are, not what they are.
 PLACES = ("name", "output", "workers", "data_dir", "allow_pickle")
-
-
-@dataclass
-class RunConfig:
-    """Where a run writes."""
-
-    name: str = option("run", "name of the run")
-    output: Optional[str] = option(None, "folder of the run; by default runs/<name>")
-
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.output or f"runs/{self.name}")
 
 
 def _flat(values: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:

@@ -1,34 +1,23 @@
 """Segmentation: a network of segmentation-models-pytorch over one of timm's encoders, trained by the same engine."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Dict
 
 import torch
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .config import ConfigError, option
+from .config import ConfigError
 from .data import class_count, image_size
 from .network import build_model
 from .segment_data import IGNORED, make_mask_datasets, make_mask_loader
+from .settings import TrainConfig
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
 
 # What classification has and segmentation has not.
 _UNUSED = ("warp", "val_warp", "auto_augment", "re_prob", "crop_pct", "interpolation", "mixup", "cutmix")
-
-
-@dataclass
-class SegmentConfig:
-    """What segmentation adds to a training run."""
-
-    decoder: str = option("Unet", "task=segmentation: architecture of segmentation-models-pytorch over `model`")
-    decoder_args: Dict[str, Any] = option({}, "task=segmentation: its arguments, e.g. decoder_channels")
 
 
 def _smp():
@@ -39,7 +28,7 @@ def _smp():
     return segmentation_models_pytorch
 
 
-def _datasets(config: "TrainConfig", seed: int):
+def _datasets(config: TrainConfig, seed: int):
     default = {field.name: field.default for field in dataclasses.fields(config)}
     for key in _UNUSED:
         if getattr(config, key) and getattr(config, key) != default[key]:
@@ -47,7 +36,7 @@ def _datasets(config: "TrainConfig", seed: int):
     return make_mask_datasets(config, seed)
 
 
-def build_segmenter(config: "TrainConfig", num_classes: int) -> nn.Module:
+def build_segmenter(config: TrainConfig, num_classes: int) -> nn.Module:
     """A decoder over `config.model`, which starts, is frozen and converted as a classifier of that name would be.
 
     Raises:
@@ -84,7 +73,7 @@ def build_segmenter(config: "TrainConfig", num_classes: int) -> nn.Module:
     return model.train()
 
 
-def _network(config: "TrainConfig", train_set: Dataset) -> nn.Module:
+def _network(config: TrainConfig, train_set: Dataset) -> nn.Module:
     return build_segmenter(config, class_count(config, train_set))
 
 
@@ -131,7 +120,7 @@ def _summarise(rows: Tensor) -> Dict[str, float]:
     }
 
 
-def _save(model: nn.Module, config: "TrainConfig", folder: Path) -> None:
+def _save(model: nn.Module, config: TrainConfig, folder: Path) -> None:
     """What `segmentation_models_pytorch.from_pretrained(folder)` loads once `timm_metricconv` is imported."""
     model.save_pretrained(folder)
 

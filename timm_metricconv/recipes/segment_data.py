@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torchvision.transforms import v2
 
 from .config import ConfigError
 from .data import SUFFIXES, image_size, normalisation, read_image, textures
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
+from .settings import TrainConfig
 
 # The value of a mask's pixels that count nowhere, as in Pascal VOC.
 IGNORED = 255
@@ -165,7 +163,7 @@ class FolderDataset(MaskDataset):
         return read_image(image), (numbers > 0).astype(np.int64) if self.binary else numbers
 
 
-def _folder(config: "TrainConfig") -> List[MaskDataset]:
+def _folder(config: TrainConfig) -> List[MaskDataset]:
     """`train/` and `val/`, each with `images/` and `masks/`; a mask has its image's name and any suffix."""
     splits = [_pairs(config.data, split) for split in ("train", "val")]
     values = {value for pairs in splits for _, _, found in pairs for value in found}
@@ -179,7 +177,7 @@ def _folder(config: "TrainConfig") -> List[MaskDataset]:
     return [FolderDataset(pairs, classes, binary) for pairs in splits]
 
 
-def make_mask_datasets(config: "TrainConfig", seed: int = 0) -> Tuple[Dataset, Dataset]:
+def make_mask_datasets(config: TrainConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
     """(training, validation) images with masks: `data` is "curves" or a folder.
 
     Args:
@@ -199,7 +197,7 @@ def make_mask_datasets(config: "TrainConfig", seed: int = 0) -> Tuple[Dataset, D
     return train, val
 
 
-def make_mask_loader(config: "TrainConfig", dataset: MaskDataset, pretrained_cfg: dict, train: bool) -> DataLoader:
+def make_mask_loader(config: TrainConfig, dataset: MaskDataset, pretrained_cfg: dict, train: bool) -> DataLoader:
     """Batches of images `[B, 3, S, S]` and masks `[B, S, S]`: cropped, flipped, jittered for training, else resized."""
     if train and len(dataset) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")

@@ -1,7 +1,7 @@
 """What a task is to the training engine, and the task that timm's networks are made for: a class for each image."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, NamedTuple, Tuple
+from typing import Callable, Dict, NamedTuple, Tuple
 
 import timm
 import torch
@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import class_count, class_names, evaluation_crop, image_size, make_datasets, make_loader, normalisation
 from .network import build_model
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
+from .settings import TrainConfig
 
 
 class Task(NamedTuple):
@@ -31,22 +29,22 @@ class Task(NamedTuple):
     """
 
     scores: Dict[str, str]
-    datasets: Callable[["TrainConfig", int], Tuple[Dataset, Dataset]]
-    loader: Callable[["TrainConfig", Dataset, dict, bool], DataLoader]
-    network: Callable[["TrainConfig", Dataset], nn.Module]
-    loss: Callable[["TrainConfig"], nn.Module]
+    datasets: Callable[[TrainConfig, int], Tuple[Dataset, Dataset]]
+    loader: Callable[[TrainConfig, Dataset, dict, bool], DataLoader]
+    network: Callable[[TrainConfig, Dataset], nn.Module]
+    loss: Callable[[TrainConfig], nn.Module]
     measure: Callable[[Tensor, Tensor], Tensor]
     summarise: Callable[[Tensor], Dict[str, float]]
-    save: Callable[[nn.Module, "TrainConfig", Path], None]
+    save: Callable[[nn.Module, TrainConfig, Path], None]
 
 
-def _network(config: "TrainConfig", train_set: Dataset) -> nn.Module:
+def _network(config: TrainConfig, train_set: Dataset) -> nn.Module:
     model = build_model(config, class_count(config, train_set))
     model.label_names = class_names(train_set)  # type: ignore[assignment]
     return model
 
 
-def _loss(config: "TrainConfig") -> nn.Module:
+def _loss(config: TrainConfig) -> nn.Module:
     if config.mixup or config.cutmix:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
@@ -64,7 +62,7 @@ def _summarise(rows: Tensor) -> Dict[str, float]:
     return {"val_loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
-def _save(model: nn.Module, config: "TrainConfig", folder: Path) -> None:
+def _save(model: nn.Module, config: TrainConfig, folder: Path) -> None:
     """`model.safetensors` and `config.json`, which `timm.create_model("local-dir:…")` loads."""
     mean, std = normalisation(config, model.pretrained_cfg)
     size = image_size(config, model.pretrained_cfg)

@@ -1,25 +1,22 @@
 """Fine-tuning: timm gives data, augmentation, optimiser, schedule, loss and EMA; accelerate gives devices and state."""
 
 import copy
-import difflib
 import json
 import math
 import os
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -27,13 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .config import ConfigError, RecipeError, build, option
-from .data import DataConfig
+from .config import ConfigError, RecipeError
 from .diagnosis import diagnose, plot_geometry, sample_images
-from .network import NetworkConfig, parameter_counts, parameter_groups, predictor_regulariser
+from .network import parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, save_figure, write_atomic
-from .run import RunConfig, check_same_run, progress, read_curves, write_config
-from .segment import SEGMENTATION, SegmentConfig
+from .run import check_same_run, progress, read_curves, write_config
+from .segment import SEGMENTATION
+from .settings import TrainConfig
 from .tasks import CLASSIFICATION, Task
 
 TASKS: Dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
@@ -43,64 +40,6 @@ CHECK_EVERY = 50
 
 class TrainingDiverged(RecipeError):
     """The loss is no number any more."""
-
-
-def _known_optimiser(name: str) -> str:
-    if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=3)
-        raise ValueError(f"an optimiser of timm's, such as {', '.join(near) or 'adamw, adam, sgd, lamb'}")
-    return name
-
-
-Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
-Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-@dataclass
-class TrainConfig(SegmentConfig, DataConfig, NetworkConfig, RunConfig):
-    """A training run."""
-
-    name: str = option("train", "name of the run")
-    task: Literal["classification", "segmentation"] = option("classification", "what is learnt")
-    epochs: PositiveInt = option(10, "epochs")
-    opt: Optimiser = option("adamw", "timm optimiser")
-    lr: PositiveFloat = option(1e-3, "learning rate")
-    predictor_lr: NonNegativeFloat = option(0.1, "factor on the predictors' learning rate (DCN practice)")
-    predictor_regulariser: NonNegativeFloat = option(0.0, "weight of the mean |parameter| of the predictors")
-    weight_decay: NonNegativeFloat = option(1e-4, "weight decay")
-    predictor_weight_decay: Optional[NonNegativeFloat] = option(None, "of the predictors; by default weight_decay")
-    decay_all: bool = option(False, "decay biases and norms too, as torch.optim does on its own")
-    sched: Schedule = option("cosine", "timm schedule, stepped each epoch")
-    warmup_epochs: NonNegativeInt = option(0, "epochs of linear warm-up, fewer than epochs")
-    warmup_lr: Optional[NonNegativeFloat] = option(None, "where warm-up starts; by default lr/100, at most timm's 1e-5")
-    min_lr: NonNegativeFloat = option(0.0, "last learning rate")
-    decay_epochs: Optional[PositiveFloat] = option(
-        None, "step: epochs between two decays (by default 0.3 of all); wsd, rsqrt: the last ones (a fifth)"
-    )
-    decay_milestones: List[PositiveInt] = option([], "multistep: when to decay; by default at 0.3, 0.6 and 0.9 of all")
-    decay_rate: PositiveFloat = option(0.1, "step, multistep: factor of a decay")
-    power: PositiveFloat = option(0.9, "poly: exponent")
-    clip_grad: Optional[PositiveFloat] = option(None, "largest norm of the gradient")
-    smoothing: Share = option(0.0, "label smoothing")
-    mixup: NonNegativeFloat = option(0.0, "mixup alpha")
-    cutmix: NonNegativeFloat = option(0.0, "cutmix alpha")
-    ema_decay: Optional[Share] = option(None, "validate and save an exponential average of the weights")
-    amp: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
-    grad_accum: PositiveInt = option(1, "batches in one optimiser step")
-    channels_last: bool = option(True, "memory format of network and images")
-    seed: Seed = option(0, "seed of weights, order and augmentation")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
-            raise ConfigError(
-                f"warmup_epochs: expected fewer than epochs, {self.epochs}, or lr is never reached; "
-                f"got {self.warmup_epochs}."
-            )
-        if self.warmup_lr is not None and self.warmup_lr > self.lr:
-            raise ConfigError(f"warmup_lr: expected at most lr, {self.lr:g}; got {self.warmup_lr:g}.")
 
 
 def make_accelerator(amp: str, **options: Any) -> Accelerator:
@@ -401,7 +340,6 @@ def train(
         ConfigError: The configuration cannot be used, or the folder holds another run.
         TrainingDiverged: The loss is not finite; the last good checkpoint is kept.
     """
-    build(TrainConfig, vars(config))  # one made in Python has passed no command line
     folder = config.folder
     check_same_run(config)
     if (folder / "summary.json").exists():

@@ -1,12 +1,14 @@
 """Top-1 and top-5 of any model on any data set."""
 
-from dataclasses import dataclass
 from typing import Any, Dict, Literal, Optional
 
+from pydantic.dataclasses import dataclass
+
 from .config import ConfigError, option
-from .data import DataConfig, class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
+from .data import class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
 from .network import create_model, parameter_counts
 from .report import print_table, update_csv, write_summary
+from .settings import DataConfig
 from .tasks import CLASSIFICATION
 from .train import evaluate, make_accelerator
 

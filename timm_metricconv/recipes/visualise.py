@@ -1,12 +1,12 @@
 """Pictures of one image and of a network's layers: unit balls, samples, maps, Grad-CAM."""
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Dict, List, Optional
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..layers import BallConv2d
@@ -26,7 +26,7 @@ from .config import ConfigError, option
 from .data import read_image
 from .network import create_model, randomise_predictors
 from .report import write_atomic
-from .run import RunConfig
+from .settings import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
