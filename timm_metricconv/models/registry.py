@@ -6,9 +6,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Type
 
 from huggingface_hub import constants
-from timm.models import register_model
-from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg
+from timm.models import DefaultCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 # What `conv_cfg` may hold that only some layers take: one `conv_cfg` serves all families.
