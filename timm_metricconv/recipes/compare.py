@@ -11,12 +11,12 @@ from ..layers import BallConv2d
 from .config import ConfigError, build, merge, option
 from .data import image_size
 from .diagnosis import mean_diagnosis, plot_geometry
+from .intervals import Difference, mean_interval, paired_difference
 from .launch import LaunchConfig, run_all
 from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
 from .run import check_same_run, read_curves, write_config
 from .settings import RunConfig, Seed, TrainConfig
-from .statistics import Difference, mean_interval, paired_difference
 from .train import TASKS
 
 CONVS = ("standard", "shifted", "deform", "metric")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from timm_metricconv.recipes.statistics import Difference, mean_interval, paired_difference
+from timm_metricconv.recipes.intervals import Difference, mean_interval, paired_difference
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
