@@ -1,6 +1,7 @@
 """The layers: identity start, geometry, dtypes, conversions, serialisation, errors."""
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.ops import deform_conv2d
 
-from timm_metricconv import LAYERS, ActiveConv2d, AffineConv2d, DeformConv2d, MetricConv2d, ShiftedConv2d
+from timm_metricconv import LAYERS, ActiveConv2d, AffineConv2d, BallConv2d, DeformConv2d, MetricConv2d, ShiftedConv2d
 from timm_metricconv.geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS
 from timm_metricconv.ops import BACKENDS, place
 
@@ -43,6 +44,29 @@ def is_bent(layer, x):
     """Guards the tests that would hold for the lattice as well."""
     positions = layer.positions(x)
     return (positions - layer.points.flatten(0, 1)[None, :, :, None, None]).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_signatures_are_written_out(name):
+    """Help and editors show every argument, with the default that all layers share."""
+    shared, own = inspect.signature(BallConv2d).parameters, inspect.signature(LAYERS[name]).parameters
+    assert all(own[key] == parameter for key, parameter in shared.items())
+    assert not {parameter.kind for parameter in own.values()} & {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+    values = {
+        "stride": (2, 1),
+        "padding": (3, 4),
+        "dilation": (1, 2),
+        "groups": 2,
+        "metric_groups": 2,
+        "modulated": True,
+    }
+    values |= {"separable_predictor": True, "fixed_kernel": True, "init": "paper", "backend": "gather"}
+    layer = LAYERS[name](4, 6, 5, **values, bias=False, dtype=torch.float64)
+    assert all(getattr(layer, key) == value for key, value in values.items())
+    assert layer.bias is None and layer.weight.shape == (6, 2, 5, 5) and layer.weight.dtype == torch.float64
 
 
 CONVOLUTIONS = {

@@ -1,25 +1,62 @@
 """The rivals, whose samples are the lattice plus offsets: deformable, shifted, active and affine convolution."""
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..geometry import PATTERNS
-from .ball_conv import BallConv2d
+from .ball_conv import BallConv2d, IntPair
 
 
 class _PredictedOffsets(BallConv2d):
     """The lattice plus predicted offsets: `offsets` of them, one for each tap or one for all."""
 
-    def __init__(self, *args, max_offset: Optional[float] = None, **kwargs):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Optional[IntPair] = None,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        max_offset: Optional[float] = None,
+        metric_groups: int = 1,
+        modulated: Union[bool, str] = False,
+        separable_predictor: bool = False,
+        fixed_kernel: bool = False,
+        init: str = "identity",
+        backend: Optional[str] = None,
+        device=None,
+        dtype=None,
+    ):
         number = isinstance(max_offset, (int, float)) and not isinstance(max_offset, bool)
         if max_offset is not None and not (number and 0 < max_offset < math.inf):
             raise ValueError(f"max_offset={max_offset!r}: expected a positive number of pixels, or None for no bound.")
         self.max_offset = None if max_offset is None else float(max_offset)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            metric_groups=metric_groups,
+            modulated=modulated,
+            separable_predictor=separable_predictor,
+            fixed_kernel=fixed_kernel,
+            init=init,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
         if self.max_offset is not None:
             # each coordinate is bounded, so the farthest offset points into a corner
             farthest = PATTERNS[self.pattern](self.kernel_size[0], self.dilation).norm(dim=-1).max()
