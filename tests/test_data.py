@@ -25,6 +25,9 @@ from timm_metricconv.recipes.data import (
     make_validation_set,
     stratified_subset,
 )
+from timm_metricconv.recipes.run import read_curves
+from timm_metricconv.recipes.train import TrainConfig, train
+from timm_metricconv.recipes.validate import ValidateConfig, validate
 
 CFG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear", "input_size": (3, 16, 16)}
 WARP = {"rotation": 45, "scale": [0.5, 1.2], "stretch": 2, "perspective": 0.3, "elastic": 0.05}
@@ -338,6 +341,21 @@ def test_grey_networks_get_grey_images(folder):
     assert next(iter(make_loader(config, train, cfg, train=True)))[0].shape == (4, 1, 24, 24)
     with pytest.raises(ConfigError, match="in_chans=5: images have 3 channels, or 1"):
         make_loader(config, val, {**CFG, "input_size": (5, 24, 24)}, train=False)
+
+
+def test_a_run_on_a_grey_folder(folder, tmp_path):
+    """It goes on however the folder is written, and validates to what it reached, without the training images."""
+    arguments = {"model": "test_resnet", "model_args": {"in_chans": 1}, "input_size": 32, "workers": 0}
+    output = str(tmp_path / "run")
+    run = TrainConfig(data=str(folder), epochs=1, batch_size=4, output=output, **arguments)
+    summary = train(run, quiet=True)
+    run.data = f"{folder}/"
+    assert train(run, quiet=True) == summary
+    record = validate(
+        ValidateConfig(data=f"{folder}/val", model=f"local-dir:{output}/model", input_size=32, batch_size=4, workers=0)
+    )
+    assert record["images"] == 4 and record["top1"] == summary["top1"]
+    assert record["val_loss"] == pytest.approx(read_curves(run.folder)[-1]["val_loss"], rel=1e-5)
 
 
 def test_a_good_folder_has_subsets_and_warps(folder):

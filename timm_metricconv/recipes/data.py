@@ -467,5 +467,5 @@ def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, trai
     )
     # timm's augmentations are made for three channels
     before, after = ([v2.Grayscale(3)], [itemgetter(slice(1))]) if grey else ([], [])
-    dataset.transform = v2.Compose([upright, *before, dataset.transform, *after])
+    loader.dataset.transform = v2.Compose([upright, *before, loader.dataset.transform, *after])
     return loader

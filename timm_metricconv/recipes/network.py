@@ -34,13 +34,17 @@ def create_model(
     pretrained = ":" in name if pretrained is None else pretrained
     arguments = model_args if num_classes is None else {**model_args, "num_classes": num_classes}
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model_args: {name} refuses {model_args}: {error}") from error
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(f"model: {name} cannot be loaded: {error}") from error
     except KeyError as error:
         raise ConfigError(f"model: {name} has no {error} in its config.json; it is no network of timm's.") from error
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    # timm leaves the channels as they were
+    cfg["input_size"] = (model_args.get("in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
+    return model
 
 
 def _read_checkpoint(path: str, allow_pickle: bool) -> Dict[str, Tensor]:
@@ -190,7 +194,7 @@ def parameter_counts(model: nn.Module) -> Dict[str, int]:
 
 def count_macs(model: nn.Module, size: int) -> float:
     """Multiply-adds of one image of `size`² pixels in units of 1e9, the gather of adaptive layers counted."""
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, model.pretrained_cfg["input_size"][0], size, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return counter.get_total_flops() / 2e9
@@ -207,7 +211,7 @@ def count_activations(model: nn.Module, size: int) -> float:
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, BallConv2d))]
     handles = [layer.register_forward_hook(add) for layer in layers]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
+        model.eval()(torch.zeros(1, model.pretrained_cfg["input_size"][0], size, size))
     for handle in handles:
         handle.remove()
     return count / 1e6

@@ -25,6 +25,11 @@ def _flat(values: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
     return flat
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values mean the same: `d`, `d/` and `./d` are one folder."""
+    return one == other or (isinstance(one, str) and isinstance(other, str) and Path(one) == Path(other))
+
+
 def _checkpoint_from_run(values: Dict[str, Any]) -> Optional[str]:
     return os.path.relpath(values["checkpoint"], values.get("output") or ".") if values.get("checkpoint") else None
 
@@ -47,7 +52,7 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
         begun["checkpoint"] = resolved.get("checkpoint")
     begun, resolved = _flat(begun), _flat(resolved)
     fixed = [key for key in {**resolved, **begun} if key not in free and key.rpartition(".")[2] not in PLACES]
-    changed = [key for key in fixed if begun.get(key) != resolved.get(key)]
+    changed = [key for key in fixed if not _same(begun.get(key), resolved.get(key))]
     if changed:
         what = ", ".join(f"{key} ({begun.get(key)} → {resolved.get(key)})" for key in changed)
         raise ConfigError(

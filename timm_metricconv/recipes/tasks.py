@@ -65,9 +65,9 @@ def _summarise(rows: Tensor) -> Dict[str, float]:
 def _save(model: nn.Module, config: TrainConfig, folder: Path) -> None:
     """`model.safetensors` and `config.json`, which `timm.create_model("local-dir:…")` loads."""
     mean, std = normalisation(config, model.pretrained_cfg)
-    size = image_size(config, model.pretrained_cfg)
+    size = (len(mean), *[image_size(config, model.pretrained_cfg)] * 2)
     crop, interpolation = evaluation_crop(config, model.pretrained_cfg)
-    image = {"input_size": (3, size, size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
+    image = {"input_size": size, "mean": mean, "std": std, "crop_pct": crop, "interpolation": interpolation}
     labels = {"label_names": model.label_names}
     timm.models.save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=image)
 

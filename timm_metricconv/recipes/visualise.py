@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from ..layers import BallConv2d
 from ..viz import (
@@ -23,7 +24,7 @@ from ..viz import (
     strong_edges,
 )
 from .config import ConfigError, option
-from .data import read_image
+from .data import DataConfig, normalisation, read_image
 from .network import create_model, randomise_predictors
 from .report import write_atomic
 from .settings import RunConfig
@@ -97,12 +98,10 @@ def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> n
 
 def as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
     """The picture as a timm model takes it, `[1, C, H, W]`."""
-    cfg = model.pretrained_cfg
-    channels = cfg["input_size"][0]
-    x = torch.as_tensor(image.copy()).permute(2, 0, 1)[None].float() / 255
-    x = x if channels == 3 else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return (x - mean) / std
+    mean, std = normalisation(DataConfig(), model.pretrained_cfg)
+    picture = need("PIL.Image", "pillow").fromarray(image).convert("RGB" if len(mean) == 3 else "L")
+    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+    return v2.functional.normalize(pixels, mean, std)[None]
 
 
 def to_picture(figure: "Figure", dpi: float) -> "Image":
