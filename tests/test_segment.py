@@ -1,6 +1,7 @@
 """Segmentation: the data, its scores, a run that stops and goes on, the comparison, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [cons
 
 import segmentation_models_pytorch as smp
 import timm
-from PIL import Image
+from PIL import ExifTags, Image
+from safetensors.torch import save_file
 
 from timm_metricconv import BallConv2d
 from timm_metricconv.recipes import segment_data
@@ -165,6 +167,41 @@ def test_encoder_starts_as_the_classifier(tmp_path, folder):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 32, 32)
 
 
+@pytest.mark.parametrize(
+    "decoder, model", [("Unet", "test_efficientnet"), ("Unet", "mobilenetv3_small_050"), ("DPT", "test_vit")]
+)
+def test_encoders_of_any_feature_class_start_as_the_classifier(tmp_path, folder, decoder, model):
+    """EfficientNets and MobileNets have features of their own, and DPT takes a whole ViT."""
+    torch.manual_seed(3)
+    classifier = timm.create_model(model).eval()
+    file = tmp_path / "classifier.safetensors"
+    save_file(classifier.state_dict(), file)
+    arguments = {} if decoder == "DPT" else DECODER
+    size = classifier.pretrained_cfg["input_size"][-1]
+    config = tiny(tmp_path, folder, model=model, decoder=decoder, decoder_args=arguments, checkpoint=str(file))
+    config.input_size = size
+    encoder, x = build_segmenter(config, 2).encoder.eval(), torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = encoder(x), classifier.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close((ours[0] if decoder == "DPT" else ours)[-1], theirs[-1])
+
+
+@pytest.mark.parametrize("decoder, stride", [("DeepLabV3", 8), ("DeepLabV3Plus", 16)])
+def test_the_encoder_has_the_stride_of_its_decoder(tmp_path, folder, decoder, stride):
+    config = tiny(tmp_path, folder, decoder=decoder, decoder_args={"encoder_output_stride": stride})
+    model = build_segmenter(config, 3).eval()
+    with torch.no_grad():
+        assert model.encoder(torch.zeros(1, 3, 64, 64))[-1].shape[2:] == (64 // stride, 64 // stride)
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+def test_a_grey_network_trains_on_grey_images(tmp_path, folder):
+    config = tiny(tmp_path, folder, model_args={"in_chans": 1})
+    model, train_set = build_segmenter(config, 2), make_mask_datasets(config)[0]
+    images, _ = next(iter(make_mask_loader(config, train_set, model.pretrained_cfg, True)))
+    assert images.shape == (4, 1, 32, 32) and model(images).shape == (4, 2, 32, 32)
+
+
 @pytest.mark.slow
 def test_interrupted_run_equals_uninterrupted(tmp_path, folder, monkeypatch):
     whole = tiny(tmp_path, folder, output=str(tmp_path / "whole"))
@@ -238,6 +275,24 @@ def save_mask(path, values):
         ),
         (lambda root: (root / "val/masks/0.png").write_bytes(b"no image"), "val: '0' cannot be read"),
         (lambda root: (root / "val").rename(root / "test"), "there is no folder .*val/images"),
+        (
+            lambda root: (
+                Image.open(root / "val/masks/1.png").resize((40, 40), box=(2, 2, 37, 37)).save(root / "val/masks/1.png")
+            ),
+            r"val/masks/1.png has the pixels 0, .* values\): expected class numbers without a gap",
+        ),
+        (
+            lambda root: [save_mask(p, np.asarray(Image.open(p)) // 255 * 128) for p in root.glob("*/masks/*")],
+            "has the pixels 0, 128: expected class numbers without a gap, or 0 and 255",
+        ),
+        (
+            lambda root: [save_mask(p, np.arange(1600).reshape(40, 40) % 256) for p in root.glob("*/masks/*")],
+            r"has the pixels 0, 1, 2, 3, 4, … \(256 values\)",
+        ),
+        (
+            lambda root: shutil.copy(root / "val/images/1.jpg", root / "val/images/1.png"),
+            "1.jpg and 1.png have one name",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, folder, spoil, message):
@@ -269,6 +324,22 @@ def test_refusals(tmp_path, folder, changes, message):
         save_mask(folder / "train/masks/5.png", np.arange(1600).reshape(40, 40) % 3)
     with pytest.raises(ConfigError, match=message):
         train(tiny(tmp_path, folder, **changes), quiet=True)
+
+
+def test_photographs_and_masks_stand_upright(tmp_path, folder):
+    """A camera held sideways and an upright mask; a mask with such a note is turned too, and hidden files are none."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    expected = Image.fromarray(np.pad(disc(40, (12, 12), 8), ((0, 0), (0, 20))) * 255)
+    turned = expected.transpose(Image.Transpose.ROTATE_90)
+    turned.convert("RGB").save(folder / "val/images/0.jpg", exif=exif)
+    for mask, note in ((expected, {}), (turned, {"exif": exif})):
+        mask.save(folder / "val/masks/0.png", **note)
+        (folder / "val/images/._0.jpg").write_bytes(b"resource fork")
+        segment_data._pairs.cache_clear()
+        dataset = make_mask_datasets(tiny(tmp_path, folder))[1]
+        image, numbers = dataset[0]
+        assert len(dataset) == 4 and ((image[0] > 127) == numbers).float().mean() > 0.99
 
 
 def test_classes_are_counted_and_ignored_pixels_are_no_class(tmp_path, folder):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Dict
 
 import torch
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -36,40 +35,53 @@ def _datasets(config: TrainConfig, seed: int):
     return make_mask_datasets(config, seed)
 
 
+def _start_as(encoder: nn.Module, classifier: nn.Module) -> None:
+    """Gives timm's features of a network the weights of its classifier, and their gradients or none.
+
+    The names are the classifier's, but for dots that timm makes underscores and for a prefix.
+    """
+    theirs = {name.replace(".", "_"): value for name, value in classifier.state_dict(keep_vars=True).items()}
+    ours = encoder.state_dict(keep_vars=True)
+    names = {name: name.removeprefix("model.").replace(".", "_") for name in ours}
+    alone = [name for name in ours if names[name] not in theirs]
+    if alone:
+        raise ValueError(f"its features have {alone[0]}, which the network has not")
+    encoder.load_state_dict({name: theirs[names[name]] for name in ours})
+    for name, value in encoder.named_parameters():
+        value.requires_grad_(theirs[names[name]].requires_grad)
+
+
 def build_segmenter(config: TrainConfig, num_classes: int) -> nn.Module:
     """A decoder over `config.model`, which starts, is frozen and converted as a classifier of that name would be.
 
     Raises:
         ConfigError: segmentation-models-pytorch refuses the decoder, or the encoder or the image size does not fit it.
     """
-    encoder = build_model(config)
-    size = image_size(config, encoder.pretrained_cfg)
+    classifier = build_model(config)
+    channels, size = classifier.pretrained_cfg["input_size"][0], image_size(config, classifier.pretrained_cfg)
+    arguments = {key: value for key, value in config.model_args.items() if key != "in_chans"}
     try:
         model = _smp().create_model(
             config.decoder,
             f"tu-{config.model}",
             encoder_weights=None,
+            in_channels=channels,
             classes=num_classes,
-            **config.model_args,
+            **arguments,
             **config.decoder_args,
         )
         # smp draws an encoder first, which takes another number of draws for each convolution
         torch.manual_seed(config.seed)
         model.initialize()
-        features = model.encoder.model
-        if not isinstance(features, FeatureListNet):
-            raise ValueError("its features are not those of a network of stages")
-        flat = not features.state_dict().keys() <= encoder.state_dict().keys()
-        indices = tuple(features.feature_info.out_indices)
-        model.encoder.model = FeatureListNet(encoder, out_indices=indices, flatten_sequential=flat)
+        _start_as(model.encoder.model, classifier)
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
+            shape = tuple(model.eval()(torch.zeros(1, channels, size, size)).shape)
         if shape[2:] != (size, size):
             raise ValueError(f"an image of {size}×{size} gets a mask of {shape[3]}×{shape[2]} (stem and layout matter)")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
         text = error.args[0] if error.args else error
         raise ConfigError(f"decoder: {config.decoder} over {config.model} at {size}×{size} pixels: {text}") from error
-    model.pretrained_cfg = encoder.pretrained_cfg
+    model.pretrained_cfg = classifier.pretrained_cfg
     return model.train()
 
 

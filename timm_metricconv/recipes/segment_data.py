@@ -166,15 +166,24 @@ class FolderDataset(MaskDataset):
 def _folder(config: TrainConfig) -> List[MaskDataset]:
     """`train/` and `val/`, each with `images/` and `masks/`; a mask has its image's name and any suffix."""
     splits = [_pairs(config.data, split) for split in ("train", "val")]
-    values = {value for pairs in splits for _, _, found in pairs for value in found}
+    values = {value for split in splits for _, _, found in split for value in found}
     # the usual way to store one class: were 255 to be ignored, there would be nothing to learn
     binary = values <= {0, IGNORED}
     classes = config.num_classes or (2 if binary else max(values - {IGNORED}) + 1)
-    for _, mask, found in (pair for pairs in splits for pair in pairs):
+    pairs = [pair for split in splits for pair in split]
+    if not (binary or config.num_classes) and (classes == IGNORED or not values >= set(range(classes))):
+        # an antialiased mask among those of 0 and 255 has any of them, and what is 255 would be ignored
+        _, mask, found = max(pairs, key=lambda pair: len(pair[2]))
+        shown = ", ".join(map(str, found[:5])) + (f", … ({len(found)} values)" if len(found) > 5 else "")
+        raise ConfigError(
+            f"data: {mask} has the pixels {shown}: expected class numbers without a gap, or 0 and 255 alone. Save "
+            "masks without smoothing; where a class is absent, say how many there are by num_classes."
+        )
+    for _, mask, found in pairs:
         beyond = [value for value in found if not 0 <= value < classes and value != IGNORED]
         if beyond:
             raise ConfigError(f"data: {mask} has the value {beyond[0]}, but num_classes={classes}.")
-    return [FolderDataset(pairs, classes, binary) for pairs in splits]
+    return [FolderDataset(split, classes, binary) for split in splits]
 
 
 def make_mask_datasets(config: TrainConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
@@ -198,7 +207,7 @@ def make_mask_datasets(config: TrainConfig, seed: int = 0) -> Tuple[Dataset, Dat
 
 
 def make_mask_loader(config: TrainConfig, dataset: MaskDataset, pretrained_cfg: dict, train: bool) -> DataLoader:
-    """Batches of images `[B, 3, S, S]` and masks `[B, S, S]`: cropped, flipped, jittered for training, else resized."""
+    """Batches of images `[B, C, S, S]` and masks `[B, S, S]`: cropped, flipped, jittered for training, else resized."""
     if train and len(dataset) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
     size, jitter = image_size(config, pretrained_cfg), config.color_jitter
@@ -207,5 +216,6 @@ def make_mask_loader(config: TrainConfig, dataset: MaskDataset, pretrained_cfg: 
         crop = v2.RandomResizedCrop(size, scale=tuple(config.scale), ratio=tuple(config.ratio), antialias=True)
         shown = [crop, v2.RandomHorizontalFlip(config.hflip), v2.ColorJitter(jitter, jitter, jitter)]
     mean, std = normalisation(config, pretrained_cfg)
+    shown += [v2.Grayscale()] if len(mean) == 1 else []
     dataset.transform = v2.Compose([*shown, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     return DataLoader(dataset, batch_size=config.batch_size, shuffle=train, drop_last=train, num_workers=config.workers)
