@@ -9,13 +9,13 @@ import torch
 
 from timm_metricconv.geometry import image_metric
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
-from timm_metricconv.layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 from timm_metricconv.ops import ball_conv2d
 from timm_metricconv.recipes import denoise as module
 from timm_metricconv.recipes import denoise_data, denoise_fit
 from timm_metricconv.recipes.config import ConfigError, RecipeError, build
 from timm_metricconv.recipes.denoise import DenoiseConfig, denoise
 from timm_metricconv.recipes.denoise_data import NoisyImages, add_noise, image_paths
+from timm_metricconv.recipes.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 
 PIXELS = 2 * 12 * 10
 
@@ -168,7 +168,7 @@ def test_refusals_of_filters(make, message):
 # Not getrusage: its peak is inherited from the process that forked this one, and would hide what is asked for.
 MEMORY = """
 import re, sys, torch
-from timm_metricconv.layers.filters import DeformFilter2d, MetricFilter2d
+from timm_metricconv.recipes.filters import DeformFilter2d, MetricFilter2d
 torch.set_num_threads(2)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

@@ -2,6 +2,5 @@
 
 from .dispatch import BACKENDS, Backend, ball_conv2d
 from .samples import Samples, place
-from .sliced import sliced_conv2d
 
-__all__ = ["BACKENDS", "Backend", "Samples", "ball_conv2d", "place", "sliced_conv2d"]
+__all__ = ["BACKENDS", "Backend", "Samples", "ball_conv2d", "place"]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..layers.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 from ..viz import strong_edges
 from .config import RecipeError
 from .denoise_cells import HEURISTICS, PAPER_GAP, PAPER_LR, PAPER_PIXELS, Cell, DenoiseConfig, learning_rate
 from .denoise_data import NoisyImages, add_noise
+from .filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
 from .report import write_atomic
 
 EVALUATIONS = 20

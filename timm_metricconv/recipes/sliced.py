@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import BACKENDS, ball_conv2d
-from .samples import Samples
+from ..ops import BACKENDS, Samples, ball_conv2d
 
 FEW_CHANNELS = 16
 

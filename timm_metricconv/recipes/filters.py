@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_positions, image_metric
 from ..geometry.parametrizations import EPS_L
-from ..ops import Samples, place, sliced_conv2d
-from ..ops.sliced import Slice
-from .ball_conv import _choice
-from .metric import check_ball, init_predictor
+from ..layers.ball_conv import _choice
+from ..layers.metric import check_ball, init_predictor
+from ..ops import Samples, place
+from .sliced import Slice, sliced_conv2d
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
 SLICE_SAMPLES = 2**20
