@@ -119,6 +119,25 @@ def test_a_comparison_may_be_moved_but_not_changed(tmp_path, monkeypatch):
     assert (tmp_path / "moved" / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
+def test_a_smaller_command_keeps_what_was_complete(tmp_path):
+    """Another row, fewer seeds: the summary is of the folder, and pairs the seeds that two rows share."""
+    few = {"init": ["scratch"], "kernel": ["learnable"]}
+    few["train"] = {**tiny(tmp_path).train, "train_images": 16, "val_images": 8, "batch_size": 16}
+    compare(tiny(tmp_path, **few))
+    wide = {"wide": {"conv": "metric", "model_args": {"conv_cfg": {"eps_omega": 0.5}}}}
+    records = compare(tiny(tmp_path, **few, conv=["wide"], variants=wide, seeds=[1, 2]))
+    assert [(r["conv"], r["seeds"]) for r in records] == [("standard", [0, 1]), ("metric", [0, 1]), ("wide", [1, 2])]
+    assert records[1]["vs_standard"] and not records[2]["vs_standard"]  # they have one seed in common
+    again = compare(tiny(tmp_path, **few, conv=["standard"], seeds=[2]))
+    assert again == json.loads((tmp_path / "compare" / "summary.json").read_text())
+    assert (again[0]["conv"], again[0]["seeds"]) == ("standard", [0, 1, 2])
+    assert [bool(r["vs_standard"]) for r in again] == [False, True, True]
+    assert again[2]["vs_standard"]["difference"] == pytest.approx(
+        sum(again[2]["top1"]) / 2 - sum(again[0]["top1"][1:]) / 2
+    )
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1,6 +1,8 @@
 """The fair comparison: the same network, data and training with each convolution, warm-started and from scratch."""
 
+import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional, Tuple
 
@@ -8,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from timm.models import list_models
 
 from ..layers import BallConv2d
-from .config import ConfigError, build, merge, option
+from .config import ConfigError, build, merge, option, read_yaml
 from .data import image_size
 from .diagnosis import mean_diagnosis, plot_geometry
 from .intervals import Difference, mean_interval, paired_difference
@@ -124,21 +126,22 @@ def _cost(config: CompareConfig, conv: str) -> Dict[str, Any]:
     return {**parameter_counts(model), "gmacs": count_macs(model, image_size(training, model.pretrained_cfg))}
 
 
-def _record(cell: Cell, config: CompareConfig, runs: List[Dict[str, Any]], cost: Dict[str, Any]) -> Dict[str, Any]:
+def _record(cell: Cell, config: CompareConfig, runs: Dict[int, Dict[str, Any]], cost: Dict[str, Any]) -> Dict[str, Any]:
+    """The line of a cell, from the summaries of its runs by seed."""
     scores: Dict[str, Any] = {}
     for score in TASKS[config.task].scores:
-        values = [run[score] for run in runs]
+        values = [run[score] for run in runs.values()]
         spread = statistics.stdev(values) if len(values) > 1 else None
         scores.update({f"{score}_mean": statistics.mean(values), f"{score}_std": spread, score: values})
     return {
         **cell._asdict(),
-        "seeds": config.seeds,
+        "seeds": list(runs),
         **scores,
         "vs_standard": None,
         **cost,
-        "images_per_second": statistics.median(run["images_per_second"] for run in runs),
-        "seconds": sum(run["seconds"] for run in runs),
-        "geometry": mean_diagnosis([run["geometry"] for run in runs]),
+        "images_per_second": statistics.median(run["images_per_second"] for run in runs.values()),
+        "seconds": sum(run["seconds"] for run in runs.values()),
+        "geometry": mean_diagnosis([run["geometry"] for run in runs.values()]),
     }
 
 
@@ -149,11 +152,14 @@ def _deciding(config: CompareConfig) -> Tuple[str, str]:
 
 def _compare_with_standard(records: List[Dict[str, Any]], score: str) -> None:
     """Fills in `vs_standard`: the difference to the standard convolution of the same row, paired by seed."""
-    standard = {(r["init"], r["kernel"]): r[score] for r in records if r["conv"] == "standard"}
+    scores = {tuple(r[key] for key in Cell._fields): dict(zip(r["seeds"], r[score], strict=True)) for r in records}
     for record in records:
-        theirs = standard.get((record["init"], record["kernel"]))
-        if theirs is not None and record["conv"] != "standard":
-            difference = paired_difference(record[score], theirs)
+        ours, theirs = (
+            scores.get((conv, record["init"], record["kernel"]), {}) for conv in (record["conv"], "standard")
+        )
+        both = [seed for seed in ours if seed in theirs]
+        if record["conv"] != "standard":
+            difference = paired_difference([ours[seed] for seed in both], [theirs[seed] for seed in both])
             record["vs_standard"] = difference and difference._asdict()
 
 
@@ -186,22 +192,25 @@ def _run_folder(config: CompareConfig, cell: Cell, seed: int) -> Path:
     return config.folder / f"{cell.label}-seed{seed}"
 
 
-def plot_curves(config: CompareConfig):
+def plot_curves(config: CompareConfig, records: List[Dict[str, Any]]):
     """The score over epochs: a panel for each (init, kernel), for each convolution the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(config.kernel), 0.8 + 3.6 * len(config.init)), layout="constrained")
-    panels = figure.subplots(len(config.init), len(config.kernel), squeeze=False, sharex=True, sharey=True)
+    inits, kernels = (list(dict.fromkeys(record[key] for record in records)) for key in ("init", "kernel"))
+    figure = Figure(figsize=(5 * len(kernels), 0.8 + 3.6 * len(inits)), layout="constrained")
+    panels = figure.subplots(len(inits), len(kernels), squeeze=False, sharex=True, sharey=True)
     score, label = _deciding(config)
     seen: List[float] = []
-    for cell in _cells(config):
-        axes = panels[config.init.index(cell.init)][config.kernel.index(cell.kernel)]
+    lines: Dict[str, Any] = {}
+    for record in records:
+        cell = Cell(*(record[key] for key in Cell._fields))
+        axes = panels[inits.index(cell.init)][kernels.index(cell.kernel)]
         axes.set_title(f"{_INITS[cell.init]}, {cell.kernel} kernels")
-        curves = [read_curves(_run_folder(config, cell, seed)) for seed in config.seeds]
+        curves = [read_curves(_run_folder(config, cell, seed)) for seed in record["seeds"]]
         epochs = [row["epoch"] for row in curves[0]]
         values = [[curve[i][score] for curve in curves] for i in range(len(epochs))]
         colour = _COLOURS.get(cell.conv)
-        axes.plot(epochs, [statistics.mean(v) for v in values], label=cell.conv, color=colour, marker=".")
+        (lines[cell.conv],) = axes.plot(epochs, [statistics.mean(v) for v in values], color=colour, marker=".")
         seen += [min(map(min, values)), max(map(max, values))]
         low, high = mean_interval(list(zip(*values, strict=True)))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
@@ -213,9 +222,9 @@ def plot_curves(config: CompareConfig):
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row in panels:
         row[0].set_ylabel(f"validation {label} (%)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    data = config.train.get("data", "digits")
-    figure.suptitle(f"{config.model} on {data}, {len(config.seeds)} seeds (band: 95 % interval)")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
+    seeds = "–".join(map(str, sorted({len(record["seeds"]) for record in records})))
+    figure.suptitle(f"{config.model} on {config.train.get('data', 'digits')}, {seeds} seeds (band: 95 % interval)")
     return figure
 
 
@@ -267,11 +276,26 @@ def _check(config: CompareConfig) -> None:
     build(TrainConfig, config.source, where="source")
 
 
+def _with_earlier_rows(config: CompareConfig) -> CompareConfig:
+    """The comparison with the rows and seeds that its folder has already: a smaller command drops nothing."""
+    if not any(config.folder.glob("*-seed*/summary.json")):
+        return config
+    earlier = build(CompareConfig, read_yaml(config.folder / "config.yaml"))
+    lists = ("conv", "init", "kernel", "seeds")
+    rows = {key: list(dict.fromkeys([*getattr(earlier, key), *getattr(config, key)])) for key in lists}
+    return replace(config, variants={**earlier.variants, **config.variants}, **rows)
+
+
+def _complete_runs(config: CompareConfig, cell: Cell) -> Dict[int, Dict[str, Any]]:
+    files = {seed: _run_folder(config, cell, seed) / "summary.json" for seed in config.seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+
+
 def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     """Runs every cell of {conv} × {init} × {kernel} with every seed, skipping what is complete, and reports.
 
     Writes `summary.json`, `summary.csv`, `summary.md`, `curves.png` and `geometry.png` into `config.folder`, each run
-    into a folder of its own below it.
+    into a folder of its own below it. The summary is of all complete runs there, those of earlier commands too.
 
     Returns:
         The records of `summary.json`.
@@ -281,21 +305,21 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     """
     _check(config)
     check_same_run(config, free=ROWS)
+    runs = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
+    config = _with_earlier_rows(config)
     costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
     write_config(config)  # not before data and networks were seen to be there: a refused command leaves nothing behind
     checkpoint = _source_checkpoint(config)
     score, label = _deciding(config)
-    cells = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
-    results: Dict[Cell, List[Dict[str, Any]]] = {cell: [] for cell, _ in cells}
-    runs = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in cells]
-    for number, ((cell, seed), result) in enumerate(zip(cells, run_all(runs, config), strict=True), 1):
-        results[cell].append(result)
+    trainings = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in runs]
+    for number, ((cell, seed), result) in enumerate(zip(runs, run_all(trainings, config), strict=True), 1):
         console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: {label} {result[score]:6.2f} %")
-    records = [_record(cell, config, done, costs[cell.conv]) for cell, done in results.items()]
+    complete = {cell: _complete_runs(config, cell) for cell in _cells(config)}
+    records = [_record(cell, config, done, costs[cell.conv]) for cell, done in complete.items() if done]
     _compare_with_standard(records, score)
     rows = [_row(record, config.task) for record in records]
     write_summary(config.folder, records, f"{config.name}: {label} of {config.model}", rows)
-    save_figure(plot_curves(config), config.folder / "curves.png")
+    save_figure(plot_curves(config, records), config.folder / "curves.png")
     reports = {(f"{_INITS[r['init']]}, {r['kernel']} kernels", r["conv"]): r["geometry"] for r in records}
     save_figure(plot_geometry(reports, _COLOURS), config.folder / "geometry.png")
     print_table(rows, f"{config.name}: {config.folder}")

@@ -51,7 +51,7 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
     if _checkpoint_from_run(begun) == _checkpoint_from_run(resolved):  # the run was moved, and its checkpoint with it
         begun["checkpoint"] = resolved.get("checkpoint")
     begun, resolved = _flat(begun), _flat(resolved)
-    fixed = [key for key in {**resolved, **begun} if key not in free and key.rpartition(".")[2] not in PLACES]
+    fixed = [k for k in {**resolved, **begun} if k.split(".")[0] not in free and k.split(".")[-1] not in PLACES]
     changed = [key for key in fixed if not _same(begun.get(key), resolved.get(key))]
     if changed:
         what = ", ".join(f"{key} ({begun.get(key)} → {resolved.get(key)})" for key in changed)
