@@ -1,0 +1,118 @@
+"""Convolutions that the package does not have, each a question to the default one: python docs/ablations.py --config
+configs/results_ablations.yaml is scripts/compare.py with them.
+
+Which bounds hold a frame and its wind in place, and where between the metric's 6 numbers and the deformable one's 18
+does the gain end?
+"""
+
+import torch
+
+from timm_metricconv import DeformConv2d, MetricConv2d
+from timm_metricconv.geometry import affine_fields
+from timm_metricconv.geometry.parametrizations import frame_of
+from timm_metricconv.layers import LAYERS
+from timm_metricconv.ops import Samples, place
+from timm_metricconv.recipes import compare
+from timm_metricconv.recipes.config import main
+
+
+class WindConv2d(MetricConv2d):
+    """The wind moves the pattern by ρ·w pixels, `reach` steps at the most, and not by B(ρ·w)."""
+
+    reach = 1.0
+
+    def samples(self, raw):
+        frame = self._predicted_frame(self._channels(raw))
+        fields = affine_fields(frame, self.wind_step)
+        wind = torch.stack([self.reach * step * w for step, w in zip(self.wind_step, frame[4:], strict=True)], -1)
+        fields = torch.cat((fields[..., :4], wind), -1)
+        return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points.flatten(0, 1))
+
+
+class Wind2Conv2d(WindConv2d):
+    """The same, two steps at the most."""
+
+    reach = 2.0
+
+
+class HalfWindConv2d(WindConv2d):
+    """The same, half a step at the most."""
+
+    reach = 0.5
+
+
+class BoundConv2d(MetricConv2d):
+    """B = I + N with ‖N‖ below `bound`, and a wind of B(ρ·w) as in the default."""
+
+    bound = 0.5
+
+    def _predicted_frame(self, raw):
+        own = super()._predicted_frame(raw)
+        return own._replace(**frame_of(raw[..., :4], self.bound)._asdict())
+
+
+class FreeConv2d(BoundConv2d):
+    """B = I + N, as good as unbounded: it may turn by any angle and become singular."""
+
+    bound = 1e4
+
+
+class HybridConv2d(MetricConv2d):
+    """The default's ball, and an offset of each tap within `residual` pixels: 6 + 2K numbers."""
+
+    residual = 0.25
+
+    @property
+    def predicted(self):
+        return self.channels + 2 * self.kernel_size[0] * self.kernel_size[1]
+
+    def samples(self, raw):
+        own = place(super().samples(raw[:, : self.channels]))
+        offsets = raw[:, self.channels :].unflatten(1, (-1, 2))
+        return own + self.residual * torch.tanh(offsets / self.residual)
+
+
+class Hybrid1Conv2d(HybridConv2d):
+    """The same, within a pixel."""
+
+    residual = 1.0
+
+
+class PolynomialConv2d(DeformConv2d):
+    """Offsets within a pixel that are a polynomial in the tap's place: of degree 2, 12 numbers; of degree 1, 6."""
+
+    degree = 2
+
+    @property
+    def offsets(self):
+        return (self.degree + 1) * (self.degree + 2) // 2
+
+    def samples(self, raw):
+        x, y = self.points.flatten(0, 1).T
+        powers = [x**i * y**j for i in range(self.degree + 1) for j in range(self.degree + 1 - i)]
+        basis = torch.linalg.qr(torch.stack(powers, 1)).Q * len(x) ** 0.5  # each moves a tap as far as one offset does
+        offsets = torch.einsum("ki,bidhw->bkdhw", basis, raw.unflatten(1, (-1, 2)).flip(2))
+        return torch.tanh(offsets) + self.points.flatten(0, 1)[:, :, None, None]
+
+
+class LinearConv2d(PolynomialConv2d):
+    """The same of degree 1: an affine map whose bound is on its samples and not on its frame."""
+
+    degree = 1
+
+
+LAYERS |= {
+    "wind-0.5": HalfWindConv2d,
+    "wind-1": WindConv2d,
+    "wind-2": Wind2Conv2d,
+    "frame-0.5": BoundConv2d,
+    "frame-free": FreeConv2d,
+    "hybrid-0.25": HybridConv2d,
+    "hybrid-1": Hybrid1Conv2d,
+    "polynomial-1": LinearConv2d,
+    "polynomial-2": PolynomialConv2d,
+}
+compare.OTHERS += tuple(name for name in LAYERS if "-" in name)
+
+if __name__ == "__main__":
+    main(compare.compare, compare.CompareConfig, __doc__)

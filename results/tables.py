@@ -1,0 +1,87 @@
+"""What the documentation's tables say beyond one comparison. From the repository's root:
+
+python results/tables.py merge results/FILE.csv SUMMARY.csv...  rows of comparisons into a file, newer in place of older
+python results/tables.py difference FILE:CONV FILE:CONV          the paired difference of two results, 95 % interval
+python results/tables.py rates TASK                              results/TASK-rates.csv: each convolution's rates
+"""
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+from timm_metricconv.recipes.intervals import paired_difference
+from timm_metricconv.recipes.report import csv_text, write_atomic
+
+RATES = ("0.03", "0.1", "0.3", "1.0", "3.0")
+CELL = ("conv", "init", "kernel")
+
+
+def read(path):
+    with Path(path).open(newline="") as file:
+        return {tuple(row[key] for key in CELL): row for row in csv.DictReader(file)}
+
+
+def by_seed(row, score="top1"):
+    return dict(zip(row["seeds"].split(), map(float, row[score].split()), strict=True))
+
+
+def difference(ours, theirs):
+    """Over the seeds that both have."""
+    ours, theirs = by_seed(ours), by_seed(theirs)
+    seeds = [seed for seed in ours if seed in theirs]
+    return paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+
+
+def merge(target, *summaries):
+    rows = read(target) if Path(target).exists() else {}
+    for summary in summaries:
+        rows |= read(summary)
+    for (conv, *rest), row in rows.items():
+        standard = rows.get(("standard", *rest))
+        found = difference(row, standard) if standard and conv != "standard" else None
+        for key in ("difference", "low", "high"):
+            row[f"vs_standard.{key}"] = found and getattr(found, key)
+    write_atomic(target, csv_text(list(rows.values())))
+
+
+def named(text):
+    file, _, conv = text.partition(":")
+    conv, *rest = conv.split("/")
+    return read(Path("results") / file)[(conv, *(rest or ("scratch", "learnable")))]
+
+
+def rates(task):
+    """For each convolution mean and spread at each rate, and what it loses there against its best one."""
+    files = {
+        rate: read(f"results/{task}-rate-{rate}.csv")
+        for rate in RATES
+        if Path(f"results/{task}-rate-{rate}.csv").exists()
+    }
+    table = []
+    for conv in dict.fromkeys(cell[0] for file in files.values() for cell in file):
+        rows = {
+            rate: file[conv, "scratch", "learnable"]
+            for rate, file in files.items()
+            if (conv, "scratch", "learnable") in file
+        }
+        best = max(rows, key=lambda rate: statistics.mean(by_seed(rows[rate]).values()))
+        entry = {"conv": conv, "best": best}
+        for rate in files:
+            row = rows.get(rate)
+            entry |= {f"{rate}.{key}": row and row[f"top1_{key}"] for key in ("mean", "std")}
+            loss = difference(rows[best], row) if row and rate != best else None
+            entry |= {
+                f"{rate}.{key}": loss and getattr(loss, name)
+                for key, name in (("loss", "difference"), ("low", "low"), ("high", "high"))
+            }
+        table.append(entry)
+    write_atomic(f"results/{task}-rates.csv", csv_text(table))
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "difference":
+        print(difference(*map(named, arguments)))
+    else:
+        {"merge": merge, "rates": rates}[command](*arguments)
