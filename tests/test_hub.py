@@ -1,5 +1,6 @@
 """The Hub, from huggingface_hub down to the socket, against a server on this machine."""
 
+import inspect
 import json
 import shutil
 
@@ -10,8 +11,10 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from loopback_hub import WRITER, LoopbackHub
+from torch import nn
 
-from timm_metricconv import MetricConv2d
+from timm_metricconv import LAYERS, MetricConv2d
+from timm_metricconv.recipes import hub as module
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.hub import HubConfig, push
 
@@ -82,6 +85,20 @@ def test_card_tells_what_a_reader_needs_and_no_paths(run_folder, tmp_path):
         assert text in card.text
     assert "/home" not in str(card)
     assert not LoopbackHub.card_errors(str(card))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_card_has_every_argument_of_a_layer(name):
+    """A geodesic network's card said nothing of its balls."""
+    own = {"metric": {"ball": "geodesic", "steps": 3}, "deform": {"max_offset": 1.5}}.get(name, {})
+    layers = [LAYERS[name](4, 4, 3, metric_groups=groups, **own) for groups in (1, 2)]
+    card = module._convolution(layers)
+    for key in (
+        inspect.signature(LAYERS[name]).parameters.keys() - inspect.signature(nn.Conv2d).parameters.keys() - {"backend"}
+    ):
+        assert f"| {key} | " in card
+    assert "| metric_groups | 1, 2 |" in card
+    assert all(f"| {key} | {module._text(value)} |" in card for key, value in own.items())
 
 
 def test_an_accuracy_on_some_or_on_warped_images_is_not_the_data_sets(run_folder, tmp_path):

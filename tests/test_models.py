@@ -1,6 +1,7 @@
 """The registered models: what timm's own tests ask of every model, warm start, checkpoints, the paper's layout."""
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -23,6 +24,7 @@ from torch import nn
 from timm_metricconv import LAYERS, PAPER, BallConv2d, DeformConv2d, MetricConv2d
 from timm_metricconv.models import BallConvNeXt, BallResNet, ball_convnext, checkpoint_filter_fn
 from timm_metricconv.models.ball_convnext import metric_groups
+from timm_metricconv.models.registry import layer_arguments
 
 FAMILIES = ("metric", "deform", "shifted")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "test_resnet")
@@ -683,6 +685,14 @@ def test_one_conv_cfg_serves_all_families(size):
         assert all(conv.fixed_kernel and conv.init == "paper" for conv in ball_convs(model).values())
     assert all(isinstance(conv, DeformConv2d) for conv in ball_convs(deform).values())
     assert arguments["conv_cfg"]["eps_omega"] == 0.1  # not changed in place
+
+
+@pytest.mark.parametrize("conv", LAYERS)
+def test_conv_cfg_keeps_what_a_layer_takes_and_what_none_does(conv):
+    """A new argument of one layer must not stop the networks of the others, and a misspelt one stops all."""
+    every = dict.fromkeys(key for layer in LAYERS.values() for key in inspect.signature(layer).parameters)
+    taken = inspect.signature(LAYERS[conv]).parameters
+    assert layer_arguments(conv, {**every, "eps": 1}).keys() == {*taken, "eps"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from inspect import signature
 from types import ModuleType
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Type
 
@@ -9,12 +10,7 @@ from huggingface_hub import constants
 from timm.models import DefaultCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-# What `conv_cfg` may hold that only some layers take: one `conv_cfg` serves all families.
-OWN = {
-    "metric": ("parametrization", "drift", "pattern", "eps_omega", "scale", "ball", "steps"),
-    "deform": ("max_offset",),
-    "shifted": ("max_offset",),
-}
+from ..layers import LAYERS
 
 
 def stage_numbers(stages: Sequence[int]) -> List[int]:
@@ -26,8 +22,9 @@ def stage_numbers(stages: Sequence[int]) -> List[int]:
 
 
 def layer_arguments(conv: str, conv_cfg: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """The argument `conv_cfg` of a backbone, without what the layers named `conv` do not take."""
-    others = {key for keys in OWN.values() for key in keys} - set(OWN.get(conv, ()))
+    """The argument `conv_cfg` of a backbone without what only others than the layers named `conv` take."""
+    taken = {name: signature(layer).parameters for name, layer in LAYERS.items()}
+    others = set().union(*taken.values()) - set(taken.get(conv, ()))
     return {key: value for key, value in (conv_cfg or {}).items() if key not in others}
 
 

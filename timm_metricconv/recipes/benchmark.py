@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import deform_conv2d
 
 from ..layers import LAYERS, BallConv2d
+from ..models.ball_resnet import FAMILIES
 from ..ops import BACKENDS
 from .compile_report import compile_report
 from .config import ConfigError, Settings, option
@@ -29,9 +30,7 @@ from .report import console, print_table, update_csv, write_atomic
 
 # Name of a peer → the kind of its layers, and their arguments
 OURS: Dict[str, Tuple[str, Dict[str, Any]]] = {
-    "deform": ("deform", {}),
-    "shifted": ("shifted", {}),
-    "metric": ("metric", {}),
+    **{name: (name, {}) for name in FAMILIES},
     "metric-geodesic": ("metric", {"ball": "geodesic"}),
 }
 # (channels, height = width), of ResNet18's stages

@@ -9,7 +9,8 @@ from typing import Any, Dict, Iterator, List, Literal, NamedTuple, Optional, Tup
 from pydantic.dataclasses import dataclass
 from timm.models import list_models
 
-from ..layers import BallConv2d
+from ..layers import LAYERS, BallConv2d
+from ..models.ball_resnet import FAMILIES
 from .config import ConfigError, build, merge, option, read_yaml
 from .data import image_size
 from .diagnosis import mean_diagnosis, plot_geometry
@@ -21,9 +22,9 @@ from .run import check_same_run, read_curves, write_config
 from .settings import RunConfig, Seed, TrainConfig
 from .train import TASKS
 
-CONVS = ("standard", "shifted", "deform", "metric")
+CONVS = ("standard", *reversed(FAMILIES))
 # Run where they are named.
-OTHERS = ("active", "affine")
+OTHERS = tuple(name for name in LAYERS if name not in CONVS)
 # Convolutions that differ from another, `conv`, by these arguments of the model or of the training.
 VARIANTS = {"metric-geodesic": {"conv": "metric", "model_args": {"conv_cfg": {"ball": "geodesic"}}}}
 _COLOURS = {

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Tuple
@@ -109,11 +110,9 @@ def _convolution(layers: List[BallConv2d]) -> str:
         return "A standard network: no convolution was replaced."
     first = layers[0]
     rows: Dict[str, Any] = {"layers": len(layers), "kind": f"`{type(first).__name__}`"}
-    own = ("parametrization", "drift", "pattern", "eps_omega", "modulated", "fixed_kernel", "init", "max_radius")
-    for name in own:
-        values = {getattr(layer, name): None for layer in layers if hasattr(layer, name)}
-        if values:
-            rows[name] = ", ".join(map(_text, values))
+    theirs = {*signature(nn.Conv2d).parameters, "backend"}
+    for name in (*(key for key in signature(type(first)).parameters if key not in theirs), "max_radius"):
+        rows[name] = ", ".join(map(_text, dict.fromkeys(getattr(layer, name) for layer in layers)))
     return _table(rows, ("setting", "value"))
 
 
