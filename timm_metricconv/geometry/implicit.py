@@ -214,3 +214,59 @@ def fit_randers(positions: Tensor, radii: Tensor, steps: int = 6) -> RandersFit:
     residual = torch.linalg.vector_norm(value * factor[..., None] - radii, dim=-1) / torch.linalg.vector_norm(radii)
     metric, omega = metric * factor.square()[..., None, None], omega * factor[..., None]
     return RandersFit(metric.to(dtype), omega.to(dtype), residual.to(dtype))
+
+
+class FrameFit(NamedTuple):
+    """The affine map that explains given positions best, y_j ≈ L·p_j + t.
+
+    Attributes:
+        linear: L `[..., 2, 2]`.
+        shift: t as (x, y) in pixels, `[..., 2]`.
+        moved: How far the samples have moved from the pattern by the shift, by the linear part and by the rest that no
+            affine map explains: mean squares in pixel², `[..., 3]`. They add up to that of y_j − p_j.
+    """
+
+    linear: Tensor
+    shift: Tensor
+    moved: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """Shift, linear part and rest as parts of one, `[..., 3]`; zeros where nothing has moved."""
+        return self.moved / self.moved.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def fit_frame(positions: Tensor, points: Tensor) -> FrameFit:
+    """The affine part of any convolution's positions: least squares of y_j = L·p_j + t over the K samples of a pixel.
+
+    The shift that counts is that of the samples' mean, to which the linear part is orthogonal. A displacement at random
+    has 1/K in the shift and 2/K in the linear part, so a third of it is affine for K = 9.
+
+    Args:
+        positions: y_j, `[B, K, 2, H, W]` as (x, y) in pixels: `layer.positions(x)`, of one metric group.
+        points: The pattern's p_j `[K, 2]`: of a layer `layer.points.flatten(0, 1)`.
+
+    Returns:
+        The fit, `[B, H, W]`, in the dtype of the positions; computed in float64.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    if positions.dim() != 5 or positions.shape[2] != 2 or points.shape != (positions.shape[1], 2):
+        raise ValueError(
+            f"positions: expected [B, K, 2, H, W] and points [K, 2], got {tuple(positions.shape)} and "
+            f"{tuple(points.shape)}."
+        )
+    p = points.to(positions.device).double()
+    y = positions.permute(0, 3, 4, 1, 2).double()
+    centre = p.mean(0)
+    around, moved = p - centre, y - p
+    mean = moved.mean(-2)
+    # a pattern on a line, or in a point, leaves directions open: there nothing has moved
+    change = (torch.linalg.pinv(around) @ (moved - mean[..., None, :])).mT
+    bent = around @ change.mT
+    rest = moved - mean[..., None, :] - bent
+    parts = torch.stack([t.square().sum(-1).mean(-1) for t in (mean[..., None, :], bent, rest)], -1)
+    linear = torch.eye(2, dtype=p.dtype, device=p.device) + change
+    shift = mean - change @ centre
+    return FrameFit(linear.to(positions.dtype), shift.to(positions.dtype), parts.to(positions.dtype))

@@ -1,7 +1,8 @@
 """From the predictor's raw channels to the root A of a metric: one function and one row of `PARAMETRIZATIONS` each.
 
 A function takes `raw` `[..., channels − 2]` (the last two predicted channels are the drift's) and the pair
-`scale = (s_min, s_max)`, and returns A with its determinant in closed form. All but `logspd` are the paper's.
+`scale = (s_min, s_max)`, and returns A with its determinant in closed form. `logspd` and `frame` are ours, the others
+the paper's. `frame` alone gives more than a metric: a frame, which may turn the pattern (`frame_of`).
 """
 
 import math
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .metrics import TINY, Root, square_root
+from .navigation import Frame, frame_root
 
 EPS = 1e-6
 EPS_L = 0.01
 # `logspd` keeps trace and anisotropy of log M within ±LOG_BOUND each: the semi-axes of a ball stay between 1/4 and 4.
 LOG_BOUND = math.log(4.0)
+# `frame` keeps B within this Frobenius distance of the identity: its singular values stay between 0.05 and 1.95.
+FRAME_BOUND = 0.95
 
 
 def cholesky(raw: Tensor, scale: Tuple[float, float], eps_l: float = EPS_L) -> Root:
@@ -79,6 +83,17 @@ def logspd(raw: Tensor, scale: Tuple[float, float], bound: float = LOG_BOUND, ti
     return Root(mean + slope * q, slope * r, mean - slope * q, size * size)
 
 
+def frame_of(raw: Tensor, bound: float = FRAME_BOUND) -> Frame:
+    """B = I + N, N = β·raw / sqrt(β² + ‖raw‖²) as a 2×2 matrix in row-major order, β = `FRAME_BOUND`."""
+    size = bound * (bound * bound + raw.square().sum(-1)).rsqrt()
+    return Frame(1 + raw[..., 0] * size, raw[..., 1] * size, raw[..., 2] * size, 1 + raw[..., 3] * size)
+
+
+def frame(raw: Tensor, scale: Tuple[float, float]) -> Root:
+    """The root of h = (BBᵀ)⁻¹ with B of `frame_of`, in whose terms the paper's drifts measure ω."""
+    return frame_root(frame_of(raw))
+
+
 @dataclass(frozen=True)
 class Parametrization:
     """One way from raw channels to a metric.
@@ -89,7 +104,7 @@ class Parametrization:
         identity: `scale` → raw values (without the drift's) for which M = I.
         uniform_rows: Predictor rows that the paper starts at 1 / (k²·C_in).
         default_rows: Predictor rows that the paper leaves at `nn.Conv2d`'s initialisation.
-        least: No eigenvalue of A is smaller.
+        least: No eigenvalue of A is smaller, whatever the drift.
         eps: The paper's formulas divide by F + ε.
     """
 
@@ -120,6 +135,7 @@ def _ratio_identity(scale: Tuple[float, float]) -> Tuple[float, ...]:
 
 
 PARAMETRIZATIONS = {
+    "frame": Parametrization(frame, 6, lambda scale: (0.0,) * 4, least=1 / (1 + FRAME_BOUND), eps=0.0),
     "logspd": Parametrization(logspd, 5, lambda scale: (0.0, 0.0, 0.0), least=math.exp(-LOG_BOUND), eps=0.0),
     "cholesky": Parametrization(cholesky, 5, lambda scale: (1 - EPS_L, 0.0, 1 - EPS_L), uniform_rows=(0, 2)),
     "ldl": Parametrization(ldl, 5, lambda scale: (0.0, 1 - EPS_L, 1 - EPS_L), uniform_rows=(1, 2)),

@@ -7,7 +7,23 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, Parametrization, geodesic_positions
+from ..geometry import (
+    DRIFTS,
+    PARAMETRIZATIONS,
+    PATTERNS,
+    Metric,
+    Navigation,
+    Parametrization,
+    Root,
+    affine_fields,
+    frame_of,
+    geodesic_positions,
+    navigation,
+    randers_of,
+    ray_positions,
+)
+from ..geometry.navigation import frame_root
+from ..geometry.parametrizations import FRAME_BOUND
 from ..ops import Samples
 from .ball_conv import BallConv2d, IntPair, _choice
 
@@ -28,7 +44,8 @@ class MetricConv2d(BallConv2d):
     """A convolution whose samples are the unit ball of a metric that a small convolution predicts at each pixel.
 
     Source: Dagès, Lindenbaum, Bruckstein, Metric Convolutions: A Unifying Theory to Adaptive Image Convolutions (ICCV
-    2025, arXiv 2406.05400), section 4. `logspd`, `whitened` and the way to the geodesic ball are this package's own.
+    2025, arXiv 2406.05400), section 4. Navigation, `frame`, `logspd`, `whitened` and the way to the geodesic ball are
+    this package's own; `PAPER` has the paper's choices.
 
     Args:
         in_channels: As `nn.Conv2d`; see `BallConv2d` for all that is not named here.
@@ -40,7 +57,9 @@ class MetricConv2d(BallConv2d):
         groups: As `nn.Conv2d`.
         bias: As `nn.Conv2d`.
         parametrization: Raw channels → M: a name from `geometry.PARAMETRIZATIONS`.
-        drift: Raw channels → ω: a name from `geometry.DRIFTS`.
+        drift: Raw channels → ω: a name from `geometry.DRIFTS`; of `frame` it gives the wind w.
+        sampling: How the tangent ball is sampled. "navigation": a frame bends the pattern and a wind carries it, y =
+            B(p + ρw), ρ = dilation for `lattice` and 1 for the others. "rays" (the paper's): y = p / F(û).
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
         eps_omega: ε_ω from 1e-4 to 1, the margin of the drift: ‖ω‖_{M⁻¹} < 1 − ε_ω. 1 means no drift (Riemannian).
         scale: (s_min, s_max) of `spectral_scale` and `spectral_scale_ratio`.
@@ -56,7 +75,8 @@ class MetricConv2d(BallConv2d):
         dtype: Of the parameters.
 
     Attributes:
-        max_radius: No sample is farther from its centre than this, in pixels; infinite unless M is bounded (`logspd`).
+        max_radius: No sample is farther from its centre than this, in pixels; infinite unless the parametrization is
+            bounded (`frame` and `logspd` with `whitened`).
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
@@ -81,10 +101,11 @@ class MetricConv2d(BallConv2d):
         groups: int = 1,
         bias: bool = True,
         *,
-        parametrization: str = "logspd",
+        parametrization: str = "frame",
         drift: str = "whitened",
+        sampling: str = "navigation",
         pattern: str = "lattice",
-        eps_omega: float = 0.5,
+        eps_omega: float = 0.1,
         scale: Tuple[float, float] = (0.1, 1.5),
         ball: str = "tangent",
         steps: int = 1,
@@ -105,12 +126,14 @@ class MetricConv2d(BallConv2d):
             raise ValueError(f"scale={scale}: expected (s_min, s_max) with 0 < s_min ≤ s_max.")
         # before the base class finishes the construction, which needs them
         self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
+        self.sampling = _choice("sampling", sampling, ("navigation", "rays"))
         self.pattern = _choice("pattern", pattern, list(PATTERNS))
         self.eps_omega, self.scale = float(eps_omega), (float(scale[0]), float(scale[1]))
         self.channels, self.eps = row.channels, row.eps
         self.ball, self.steps = check_ball(ball, steps)
         # plain functions, so that TorchScript can compile them
         self._to_root, self._to_drift = row.function, DRIFTS[drift]
+        self._framed, self._whitened = parametrization == "frame", drift == "whitened"
         super().__init__(
             in_channels,
             out_channels,
@@ -129,10 +152,23 @@ class MetricConv2d(BallConv2d):
             device=device,
             dtype=dtype,
         )
-        if row.least:
-            # F ≥ (1 − ‖v‖)·‖A·û‖ ≥ ε_ω·least
-            farthest = torch.linalg.vector_norm(PATTERNS[pattern](self.kernel_size[0], self.dilation), dim=-1).max()
-            self.max_radius = float(farthest) / (row.least * self.eps_omega)
+        step = [float(d) if pattern == "lattice" else 1.0 for d in self.dilation]
+        self.wind_step = (step[1], step[0])
+        if row.least and self._whitened:
+            self.max_radius = self._reach(1 / row.least)
+
+    def _reach(self, semi_axis: float) -> float:
+        """The distance that no sample exceeds, where no axis of the ball without drift does `semi_axis`."""
+        points = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
+        farthest, size = float(torch.linalg.vector_norm(points, dim=-1).max()), 1 - self.eps_omega
+        navigated = self.sampling == "navigation" and self.ball == "tangent"
+        if navigated:
+            farthest += size * max(self.wind_step)
+        if self._framed and self.ball == "tangent":
+            # ‖B(d + w)‖ with ‖B‖ ≤ 1 + β
+            return (1 + FRAME_BOUND) * (farthest if navigated else farthest * (1 + size))
+        # ‖B‖ ≤ ‖A⁻¹‖ / λ; and F ≥ (1 − ‖v‖)·‖A·û‖
+        return farthest * semi_axis / (1 - size * size if navigated else 1 - size)
 
     @property
     def predicted(self) -> int:
@@ -149,29 +185,48 @@ class MetricConv2d(BallConv2d):
         assert head is not None, "a metric is predicted"
         init_predictor(head, row, self.init, self.scale, self.metric_groups)
 
-    def _metric(self, raw: Tensor) -> Metric:
-        """Raw channels → the metrics in whitened form, components `[B, H_out, W_out, G]`."""
-        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+    def _channels(self, raw: Tensor) -> Tensor:
+        """The raw channels of each metric group, `[B, H_out, W_out, G, channels]`."""
         batch, _, height, width = raw.shape
         raw = raw[:, : self.metric_groups * self.channels].contiguous()  # dense images for every channel
-        raw = raw.reshape(batch, self.metric_groups, self.channels, height, width).permute(0, 3, 4, 1, 2)
-        root = self._to_root(raw[..., : self.channels - 2], self.scale)
+        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+        return raw.reshape(batch, self.metric_groups, self.channels, height, width).permute(0, 3, 4, 1, 2)
+
+    def _drift(self, raw: Tensor, root: Root) -> Tuple[Tensor, Tensor]:
         if self.eps_omega == 1.0:
-            x, y = torch.zeros_like(root.a), torch.zeros_like(root.a)
-        else:
-            x, y = self._to_drift(raw[..., self.channels - 2 :], root, self.eps_omega)
+            return torch.zeros_like(root.a), torch.zeros_like(root.a)
+        return self._to_drift(raw[..., self.channels - 2 :], root, self.eps_omega)
+
+    def _predicted_frame(self, raw: Tensor) -> Navigation:
+        """Channels of `frame` → the frames and the winds in them, components `[B, H_out, W_out, G]`."""
+        b = frame_of(raw[..., : self.channels - 2])
+        x, y = self._drift(raw, frame_root(b))
+        return Navigation(b.xx, b.xy, b.yx, b.yy, x, y)
+
+    def _predicted_metric(self, raw: Tensor) -> Metric:
+        """Channels of the others → the metrics in whitened form, components `[B, H_out, W_out, G]`."""
+        root = self._to_root(raw[..., : self.channels - 2], self.scale)
+        x, y = self._drift(raw, root)
         return Metric(root.a, root.b, root.d, x, y)
 
+    def _metric(self, raw: Tensor) -> Metric:
+        return randers_of(self._predicted_frame(raw)) if self._framed else self._predicted_metric(raw)
+
     def samples(self, raw: Tensor) -> Union[Tensor, Samples]:
-        """The unit tangent balls y_j = r_j·û_j / F(û_j), or the positions of the geodesic ones."""
+        """The unit balls: affine maps of the pattern, or positions on rays or on geodesics."""
+        raw = self._channels(raw)
+        if self.ball == "tangent" and self.sampling == "navigation":
+            navigated = self._predicted_frame(raw) if self._framed else navigation(self._predicted_metric(raw))
+            fields = affine_fields(navigated, self.wind_step)
+            return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points.flatten(0, 1))
         metric = self._metric(raw)
-        fields = torch.stack((metric.a, metric.b, metric.d, metric.x, metric.y), -1)  # [B, H_out, W_out, G, 5]
         if self.ball == "tangent":
-            return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points, self.eps)
+            return ray_positions(metric, self.points, self.eps)
+        fields = torch.stack((metric.a, metric.b, metric.d, metric.x, metric.y), -1)  # [B, H_out, W_out, G, 5]
         fields = fields.permute(0, 3, 4, 1, 2).flatten(0, 1)
         spacing = (float(self.stride[0]), float(self.stride[1]))
         positions = geodesic_positions(fields, self.points, self.steps, spacing)
-        return positions.reshape(raw.shape[0], -1, 2, raw.shape[2], raw.shape[3])
+        return positions.reshape(raw.shape[0], -1, 2, raw.shape[1], raw.shape[2])
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -184,12 +239,13 @@ class MetricConv2d(BallConv2d):
             M `[B, 2, 2, H_out, W_out]`, symmetric positive definite, and ω `[B, 2, H_out, W_out]`, as (x, y), in units
             of one over pixels. With `metric_groups` above 1 the groups are a dimension after B.
         """
-        m, omega = self._metric(self.predict(x)).tensors()
+        m, omega = self._metric(self._channels(self.predict(x))).tensors()
         m, omega = m.permute(0, 3, 4, 5, 1, 2), omega.permute(0, 3, 4, 1, 2)
         return (m[:, 0], omega[:, 0]) if self.metric_groups == 1 else (m, omega)
 
     def extra_repr(self) -> str:
-        own = f"parametrization={self.parametrization!r}, drift={self.drift!r}, pattern={self.pattern!r}"
+        own = f"parametrization={self.parametrization!r}, drift={self.drift!r}, sampling={self.sampling!r}"
+        own += f", pattern={self.pattern!r}"
         geodesic = f", ball='geodesic', steps={self.steps}" if self.ball == "geodesic" else ""
         return f"{super().extra_repr()}, {own}, eps_omega={self.eps_omega}{geodesic}"
 

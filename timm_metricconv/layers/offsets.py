@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..geometry import PATTERNS
+from ..ops import Samples
 from .ball_conv import BallConv2d, IntPair
 
 
@@ -72,16 +73,13 @@ class _PredictedOffsets(BallConv2d):
         """(dy, dx) of each offset."""
         return 2 * self.offsets
 
-    def samples(self, raw: Tensor) -> Tensor:
-        """The lattice plus the offsets."""
-        count = self.offsets
-        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+    def _predicted_offsets(self, raw: Tensor) -> Tensor:
+        """`[B, G, offsets, 2, H_out, W_out]` as (x, y)."""
         batch, _, height, width = raw.shape
-        offsets = raw[:, : 2 * self.metric_groups * count].permute(0, 2, 3, 1)
-        offsets = offsets.reshape(batch, height, width, self.metric_groups, count, 2).flip(-1)
-        if self.max_offset is not None:
-            offsets = self.max_offset * torch.tanh(offsets / self.max_offset)
-        return (offsets + self.points[0]).flatten(3, 4).permute(0, 3, 4, 1, 2)
+        raw = raw[:, : 2 * self.metric_groups * self.offsets]
+        # torch's older ONNX exporter fixes all sizes at an `unflatten`
+        offsets = raw.reshape(batch, self.metric_groups, self.offsets, 2, height, width).flip(3)
+        return offsets if self.max_offset is None else self.max_offset * torch.tanh(offsets / self.max_offset)
 
     def extra_repr(self) -> str:
         own = "" if self.max_offset is None else f", max_offset={self.max_offset}"
@@ -107,6 +105,10 @@ class DeformConv2d(_PredictedOffsets):
         """One for each of K taps."""
         return self.kernel_size[0] * self.kernel_size[1]
 
+    def samples(self, raw: Tensor) -> Tensor:
+        """The lattice plus the offsets."""
+        return (self._predicted_offsets(raw) + self.points[0][:, :, None, None]).flatten(1, 2)
+
 
 @register_notrace_module
 class ShiftedConv2d(_PredictedOffsets):
@@ -119,6 +121,12 @@ class ShiftedConv2d(_PredictedOffsets):
     def offsets(self) -> int:
         """One for all taps."""
         return 1
+
+    def samples(self, raw: Tensor) -> Samples:
+        """The lattice, shifted."""
+        shift = self._predicted_offsets(raw)[:, :, 0]
+        fields = torch.cat((_identity(shift), shift), 2)
+        return Samples(fields.flatten(1, 2), self.points[0])
 
 
 @register_notrace_module
@@ -176,12 +184,15 @@ class AffineConv2d(BallConv2d):
         raw = self.predictor(x.mean((2, 3), keepdim=True))
         return raw.to(self.points.dtype).expand(-1, -1, size[0], size[1])
 
-    def samples(self, raw: Tensor) -> Tensor:
+    def samples(self, raw: Tensor) -> Samples:
         """A·p + t."""
         batch, _, height, width = raw.shape
-        raw = raw[:, : 6 * self.metric_groups].permute(0, 2, 3, 1)
-        raw = raw.reshape(batch, height, width, self.metric_groups, 1, 6)
-        x, y = self.points[0, :, 0], self.points[0, :, 1]
-        mapped_x = x + raw[..., 0] * x + raw[..., 1] * y + raw[..., 4]
-        mapped_y = y + raw[..., 2] * x + raw[..., 3] * y + raw[..., 5]
-        return torch.stack((mapped_x, mapped_y), -1).flatten(3, 4).permute(0, 3, 4, 1, 2)
+        maps = raw[:, : 6 * self.metric_groups].reshape(batch, self.metric_groups, 6, height, width)
+        maps = torch.cat((maps[:, :, :4] + _identity(maps), maps[:, :, 4:]), 2)
+        return Samples(maps.flatten(1, 2), self.points[0])
+
+
+def _identity(maps: Tensor) -> Tensor:
+    """The linear part of the identity for `[B, G, ..., H, W]`, as `[B, G, 4, H, W]`."""
+    identity = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device)[:, None, None]
+    return identity.expand(maps.shape[0], maps.shape[1], 4, maps.shape[3], maps.shape[4])

@@ -1,4 +1,4 @@
-"""One op, `ball_conv2d`, and its backends. Of ours this folder imports the law of F alone, from `geometry`."""
+"""One op, `ball_conv2d`, and its backends. They know positions and affine samples; this folder imports nothing of ours."""
 
 from .dispatch import BACKENDS, Backend, ball_conv2d
 from .samples import Samples, place

@@ -1,18 +1,21 @@
-"""The fastest CPU backend, compiled by Numba: from a metric to its samples and their sum in one pass.
+"""The fastest CPU backend, compiled by Numba: from an affine map to its samples and their sum in one pass.
 
 The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie, sixteen
 channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up its
 samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
 
-Depthwise layers are shared out among as many threads as torch has, which live no longer than a call: neither a fork nor
-a second caller can meet them. Each owns what it writes, so nothing is added in a changing order.
+The kernels run in torch's own threads, those of its OpenMP: a second pool would fight with them for the cores, because
+after a matrix product they wait busily for the next. Each thread owns what it writes, so nothing is added in a changing
+order.
 """
 
+import ctypes
+import functools
 import math
 import operator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
@@ -22,16 +25,16 @@ from llvmlite import ir
 from numba.core import cgutils, config
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
-from ..geometry.metrics import FLOOR, TINY
 from . import gather
-from .custom_op import Arguments, define, kernel_format, with_far_corners
+from .custom_op import Arguments, Gradients, by_pixels, define, with_far_corners
 from .reference import first_centre
-from .samples import directions_of
+from .samples import FIELDS
 
-# Numbers to read of which a thread has enough to do: some 0.2 ms, where to start one takes 0.05.
-THREAD_NUMBERS = 2**19
+# Numbers to read of which a thread has enough to do.
+THREAD_NUMBERS = 2**17
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
@@ -127,10 +130,6 @@ def _store_corner(builder, array, index, row, column, width):
     builder.store(builder.add(builder.mul(row, width), column), _at(builder, array, index, _ints), align=4)
 
 
-def _where_larger(builder, a, b, yes, no):
-    return builder.select(builder.fcmp_ordered(">", a, b), yes, no)
-
-
 def _total(builder, register):
     add = _llvm(f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _floats)
     return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
@@ -160,10 +159,6 @@ def smaller(a, b):
     """The smaller of two; b where a is NaN."""
 
 
-def where_larger(a, b, yes, no):
-    """`yes` where a > b, else `no`."""
-
-
 def total(register):
     """The sum of its numbers."""
 
@@ -176,36 +171,44 @@ def _arithmetic(name: str) -> Callable:
 _operation(operator.add, _arithmetic("fadd"), _register, *_pairs)
 _operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
 _operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
-_operation(operator.truediv, _arithmetic("fdiv"), _register, *_pairs)
 _operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
-_operation(math.sqrt, _llvm(f"llvm.sqrt.v{LANES}f32", _floats, _floats), _register, (_register,))
 _operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
 _operation(spread, _spread, _register, (_array, numba.intp))
 _operation(larger, _choice(">"), _register, *_pairs)
 _operation(smaller, _choice("<"), _register, *_pairs)
-_operation(where_larger, _where_larger, _register, (_register,) * 4)
 _operation(load, _load, _register, (_array, numba.intp))
 _operation(store, _store, numba.types.none, (_array, numba.intp, _register))
 _operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp, *[_register] * 3))
 _operation(total, _total, numba.float32, (_register,))
 
 
+def _fetch_and_add(builder, array, step):
+    return builder.atomic_rmw("add", array, step, "monotonic")
+
+
+def _pointer(builder, address):
+    return builder.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def fetch_and_add(array, step):
+    """Adds to the first of some integers, which other threads do too; what it was before."""
+
+
+def pointer(address):
+    """An integer as a pointer."""
+
+
+_operation(fetch_and_add, _fetch_and_add, numba.int64, (numba.types.Array(numba.int64, 1, "C"), numba.int64))
+_operation(pointer, _pointer, numba.types.voidptr, (numba.int64,))
+
 _inlined = numba.njit(forceinline=True)
-
-
-def _compiled(function: Callable) -> Callable:
-    """Compiles at the first call, and keeps the machine code on disk where there is a place for it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache
-        return numba.njit(nogil=True)(function)
 
 
 # --- where the samples lie: sixteen output pixels at a time ----------------------------------------------------------
 
 
-class _Lattice(NamedTuple):
-    """The sizes that a kernel needs. Output pixels are numbered row by row, image by image."""
+class _Sizes(NamedTuple):
+    """The integers that a kernel needs. Output pixels are numbered row by row, image by image."""
 
     height: int  # of an image, two at least
     width: int
@@ -214,27 +217,38 @@ class _Lattice(NamedTuple):
     out_width: int
     stride_y: int
     stride_x: int
-    top: float  # the first centre
-    left: float
+    top: int  # the first centre, in halves of a pixel
+    left: int
     taps: int
-    runs: int  # G, the number of metric groups
-    from_metric: bool  # whether the source is a field of metrics
-    eps: float
-    masked: bool
-    source_strides: Tuple[int, int, int]  # in memory: of images, of a pixel's numbers, of pixels
-    mask_strides: Tuple[int, int, int]
+    metric_groups: int
+    affine: int  # whether the source is a field of affine maps
+    source_image: int  # strides in memory: of images, of a pixel's numbers, of pixels
+    source_number: int
+    source_pixel: int
+    mask_image: int
+    mask_number: int
+    mask_pixel: int
+    blocks: int  # of the channels of a metric group: a unit of work in the backward pass has one
+    images: int  # the images of this call: how many, and from which on
+    image_0: int
+    pixel_0: int  # the output pixels of every image: the first, and the one after the last
+    pixel_1: int
 
 
-class _Inputs(NamedTuple):
-    """What all kernels read, flat."""
+class _Arrays(NamedTuple):
+    """What kernels read and write, flat and in float32; of length 0 where there is none, or it is not wanted."""
 
-    lattice: _Lattice
     x: np.ndarray  # [B, height, width, channels]
     source: np.ndarray
     mask: np.ndarray
     points: np.ndarray  # [K, 2] the pattern's points
-    rays: np.ndarray  # [R, 2] their directions; of two opposite ones the first
-    ray_of: np.ndarray  # [K] a point's ray r as 2r, or as 2r + 1 where it lies on the opposite side
+    weight: np.ndarray  # [K, channels] of a depthwise layer
+    bias: np.ndarray  # [channels] of a depthwise layer
+    values: np.ndarray  # what else goes in or comes out, see the kernels
+    grad_x: np.ndarray  # as x, begins at 0
+    grad_source: np.ndarray  # [blocks, B, H_out, W_out, ...]
+    grad_mask: np.ndarray  # [blocks, B, H_out, W_out, G·K]
+    grad_weight: np.ndarray  # [B, K, channels] of a depthwise layer, image by image; begins at 0
 
 
 class _Plan(NamedTuple):
@@ -243,38 +257,29 @@ class _Plan(NamedTuple):
     Corners are (0, 0), (0, 1), (1, 0) and (1, 1) as (down, right).
     """
 
-    fields: np.ndarray  # [5, 16] the metrics
-    stretches: np.ndarray  # [R, 2, 16] 1 / (F + ε) along the rays and against them
+    fields: np.ndarray  # [6, 16] the affine maps
     centres: np.ndarray  # [2, 16] (x, y)
     corners: np.ndarray  # [K, 16] int32, the pixel at the first corner
     shares: np.ndarray  # [K, 4, 16] the corners' bilinear weights
-    slopes: np.ndarray  # [K, 4, 16] their derivative along x; where there is a metric, by the sample's stretch
+    slopes_x: np.ndarray  # [K, 4, 16] their derivative along x
     slopes_y: np.ndarray  # [K, 4, 16] and along y
+    by_corner: np.ndarray  # [K, 4, 16] the gradients of `shares`, before the mask
     masks: np.ndarray  # [K, 16]
 
 
 @_inlined
-def _empty_plan(inputs):
-    taps = inputs.lattice.taps
+def _empty_plan(taps, for_gradients):
+    more = taps * 4 * LANES * for_gradients
     return _Plan(
-        np.empty(5 * LANES, np.float32),
-        np.empty(len(inputs.rays) * LANES, np.float32),
+        np.empty(FIELDS * LANES, np.float32),
         np.empty(2 * LANES, np.float32),
         np.empty(taps * LANES, np.int32),
         np.empty(taps * 4 * LANES, np.float32),
-        np.empty(taps * 4 * LANES, np.float32),
-        np.empty(taps * 4 * LANES, np.float32),
+        np.empty(more, np.float32),
+        np.empty(more, np.float32),
+        np.empty(more, np.float32),
         np.ones(taps * LANES, np.float32),
     )
-
-
-@_inlined
-def _randers(plan, ux, uy):
-    """z = A·u, ‖z‖ and v·z of sixteen metrics: F(±u) = ‖z‖ ± v·z, as in `geometry.randers`."""
-    a, b, d = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 2 * LANES)
-    zx, zy = a * ux + b * uy, b * ux + d * uy
-    drift = load(plan.fields, 3 * LANES) * zx + load(plan.fields, 4 * LANES) * zy
-    return zx, zy, math.sqrt(zx * zx + zy * zy + TINY), drift
 
 
 @_inlined
@@ -311,102 +316,105 @@ def _store_four(array, at, a, b, c, d):
     store(array, at + 3 * LANES, d)
 
 
-@_compiled
-def _fill_plan(plan, inputs, first, last, group, for_gradients):
+@numba.njit
+def _fill_plan(plan, n, a, first, last, group, for_gradients):
     """Plans the output pixels from `first`; those from `last` on repeat the one before it.
 
     The mask goes into the shares, or, `for_gradients`, where the slopes are wanted too, stays beside them.
     """
-    lattice, points, rays = inputs.lattice, inputs.points, inputs.rays
     source_at, mask_at = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
-    image = first // lattice.out_pixels
-    pixel = first - image * lattice.out_pixels
-    row = pixel // lattice.out_width
-    column = pixel - row * lattice.out_width
+    image = first // n.out_pixels
+    pixel = first - image * n.out_pixels
+    row = pixel // n.out_width
+    column = pixel - row * n.out_width
     for i in range(LANES):
-        plan.centres[i] = lattice.left + lattice.stride_x * column
-        plan.centres[LANES + i] = lattice.top + lattice.stride_y * row
-        source_at[i] = image * lattice.source_strides[0] + pixel * lattice.source_strides[2]
-        mask_at[i] = image * lattice.mask_strides[0] + pixel * lattice.mask_strides[2]
+        plan.centres[i] = 0.5 * n.left + n.stride_x * column
+        plan.centres[LANES + i] = 0.5 * n.top + n.stride_y * row
+        source_at[i] = image * n.source_image + pixel * n.source_pixel
+        mask_at[i] = image * n.mask_image + pixel * n.mask_pixel
         if first + i + 1 < last:  # a division for each pixel would cost as much as some of its samples
             pixel, column = pixel + 1, column + 1
-            if column == lattice.out_width:
+            if column == n.out_width:
                 row, column = row + 1, 0
-            if pixel == lattice.out_pixels:
+            if pixel == n.out_pixels:
                 image, pixel, row = image + 1, 0, 0
-    if lattice.from_metric:
-        for field in range(5):
-            number = (group * 5 + field) * lattice.source_strides[1]
+    if n.affine:
+        for field in range(FIELDS):
+            number = (group * FIELDS + field) * n.source_number
             for i in range(LANES):
-                plan.fields[field * LANES + i] = inputs.source[source_at[i] + number]
-        for ray in range(0, len(rays), 2):
-            _, _, norm, drift = _randers(plan, rays[ray], rays[ray + 1])
-            store(plan.stretches, ray * LANES, 1 / (larger(norm + drift, norm * FLOOR) + lattice.eps))
-            store(plan.stretches, (ray + 1) * LANES, 1 / (larger(norm - drift, norm * FLOOR) + lattice.eps))
+                plan.fields[field * LANES + i] = a.source[source_at[i] + number]
 
     centre_x, centre_y = load(plan.centres, 0), load(plan.centres, LANES)
+    xx, xy, shift_x = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 4 * LANES) + centre_x
+    yx, yy, shift_y = load(plan.fields, 2 * LANES), load(plan.fields, 3 * LANES), load(plan.fields, 5 * LANES) + centre_y
     offsets = np.empty(2 * LANES, np.float32)
-    for tap in range(lattice.taps):
-        px, py = points[2 * tap], points[2 * tap + 1]
-        if lattice.from_metric:
-            stretch = load(plan.stretches, inputs.ray_of[tap] * LANES)
-            offset_x, offset_y = stretch * px, stretch * py
+    for tap in range(n.taps):
+        if n.affine:
+            px, py = a.points[2 * tap], a.points[2 * tap + 1]
+            sample_x, sample_y = xx * px + xy * py + shift_x, yx * px + yy * py + shift_y
         else:
-            number = 2 * (group * lattice.taps + tap) * lattice.source_strides[1]
+            number = 2 * (group * n.taps + tap) * n.source_number
             for i in range(LANES):
-                offsets[i] = inputs.source[source_at[i] + number]
-                offsets[LANES + i] = inputs.source[source_at[i] + number + lattice.source_strides[1]]
-            offset_x, offset_y = load(offsets, 0), load(offsets, LANES)
-        column, right = _axis(centre_x + offset_x, lattice.width)
-        row, down = _axis(centre_y + offset_y, lattice.height)
-        store_corner(plan.corners, tap * LANES, row, column, row - row + lattice.width)
+                offsets[i] = a.source[source_at[i] + number]
+                offsets[LANES + i] = a.source[source_at[i] + number + n.source_number]
+            sample_x, sample_y = load(offsets, 0) + centre_x, load(offsets, LANES) + centre_y
+        column, right = _axis(sample_x, n.width)
+        row, down = _axis(sample_y, n.height)
+        store_corner(plan.corners, tap * LANES, row, column, row - row + n.width)
         x0, x1, y0, y1 = _hat(right), _hat(right - 1), _hat(down), _hat(down - 1)
-        if lattice.masked:
-            number = (group * lattice.taps + tap) * lattice.mask_strides[1]
+        if len(a.mask):
+            number = (group * n.taps + tap) * n.mask_number
             for i in range(LANES):
-                plan.masks[tap * LANES + i] = inputs.mask[mask_at[i] + number]
+                plan.masks[tap * LANES + i] = a.mask[mask_at[i] + number]
         at = tap * 4 * LANES
-        if not for_gradients:
-            mask = load(plan.masks, tap * LANES)
-            y0, y1 = mask * y0, mask * y1
-        _store_four(plan.shares, at, y0 * x0, y0 * x1, y1 * x0, y1 * x1)
         if for_gradients:
             near_x, far_x = _hat_slopes(right)
             near_y, far_y = _hat_slopes(down)
-            _store_four(plan.slopes, at, y0 * near_x, y0 * far_x, y1 * near_x, y1 * far_x)
+            _store_four(plan.slopes_x, at, y0 * near_x, y0 * far_x, y1 * near_x, y1 * far_x)
             _store_four(plan.slopes_y, at, near_y * x0, near_y * x1, far_y * x0, far_y * x1)
-            if lattice.from_metric:
-                for corner in range(at, at + 4 * LANES, LANES):
-                    along = px * load(plan.slopes, corner) + py * load(plan.slopes_y, corner)
-                    store(plan.slopes, corner, along)
+        else:
+            mask = load(plan.masks, tap * LANES)
+            y0, y1 = mask * y0, mask * y1
+        _store_four(plan.shares, at, y0 * x0, y0 * x1, y1 * x0, y1 * x1)
 
 
-@_compiled
-def _through_metric(plan, inputs, grad_stretches):
-    """Gradients of sixteen pixels' stretches, [R, 2, 16] → of their metrics, in the place of `plan.fields`."""
-    vx, vy = load(plan.fields, 3 * LANES), load(plan.fields, 4 * LANES)
-    grad_a = grad_b = grad_d = grad_vx = grad_vy = nothing = vx - vx
-    for ray in range(0, len(inputs.rays), 2):
-        ux, uy = inputs.rays[ray], inputs.rays[ray + 1]
-        zx, zy, norm, drift = _randers(plan, ux, uy)
-        by_norm = by_drift = nothing
-        for side in range(2):
-            stretch = load(plan.stretches, (ray + side) * LANES)
-            grad = nothing - load(grad_stretches, (ray + side) * LANES) * stretch * stretch
-            # where F is kept at its floor only ‖z‖ counts
-            sign, floor = 1 - 2 * side, norm * FLOOR
-            finsler = norm + sign * drift
-            by_norm = by_norm + where_larger(finsler, floor, grad, grad * FLOOR)
-            by_drift = by_drift + where_larger(finsler, floor, sign * grad, nothing)
-        by_norm = by_norm / norm
-        grad_zx, grad_zy = by_norm * zx + by_drift * vx, by_norm * zy + by_drift * vy
-        grad_a, grad_b, grad_d = grad_a + grad_zx * ux, grad_b + grad_zx * uy + grad_zy * ux, grad_d + grad_zy * uy
-        grad_vx, grad_vy = grad_vx + by_drift * zx, grad_vy + by_drift * zy
-    store(plan.fields, 0, grad_a)
-    store(plan.fields, LANES, grad_b)
-    store(plan.fields, 2 * LANES, grad_d)
-    store(plan.fields, 3 * LANES, grad_vx)
-    store(plan.fields, 4 * LANES, grad_vy)
+@numba.njit
+def _through_samples(plan, n, a, first, count, group, block):
+    """Gradients of the corners' weights in `plan.by_corner` → of masks, and of positions or of affine maps."""
+    nothing = load(plan.by_corner, 0) * 0
+    xx = xy = yx = yy = shift_x = shift_y = nothing
+    # the number of a pixel's metric group, in all blocks
+    place = (block * (len(a.x) // (n.height * n.width * n.channels)) * n.out_pixels + first) * n.metric_groups + group
+    for tap in range(n.taps):
+        at = tap * 4 * LANES
+        by_x = by_y = by_mask = nothing
+        for corner in range(at, at + 4 * LANES, LANES):
+            grad = load(plan.by_corner, corner)
+            by_x = by_x + grad * load(plan.slopes_x, corner)
+            by_y = by_y + grad * load(plan.slopes_y, corner)
+            by_mask = by_mask + grad * load(plan.shares, corner)
+        mask = load(plan.masks, tap * LANES)
+        by_x, by_y = mask * by_x, mask * by_y
+        if n.affine:
+            px, py = a.points[2 * tap], a.points[2 * tap + 1]
+            xx, xy, shift_x = xx + by_x * px, xy + by_x * py, shift_x + by_x
+            yx, yy, shift_y = yx + by_y * px, yy + by_y * py, shift_y + by_y
+        _store_four(plan.by_corner, at, by_x, by_y, by_mask, by_mask)
+        for i in range(count):
+            number = (place + i * n.metric_groups) * n.taps + tap
+            if not n.affine:
+                a.grad_source[2 * number] = plan.by_corner[at + i]
+                a.grad_source[2 * number + 1] = plan.by_corner[at + LANES + i]
+            if len(a.grad_mask):
+                a.grad_mask[number] = plan.by_corner[at + 2 * LANES + i]
+    if n.affine:
+        _store_four(plan.fields, 0, xx, xy, yx, yy)
+        store(plan.fields, 4 * LANES, shift_x)
+        store(plan.fields, 5 * LANES, shift_y)
+        for i in range(count):
+            for field in range(FIELDS):
+                number = (place + i * n.metric_groups) * FIELDS + field
+                a.grad_source[number] = plan.fields[field * LANES + i]
 
 
 # --- what they read: sixteen channels at a time ----------------------------------------------------------------------
@@ -430,54 +438,43 @@ def _weighed(corners, shares):
     return shares[0] * corners[0] + shares[1] * corners[1] + (shares[2] * corners[2] + shares[3] * corners[3])
 
 
-@_compiled
-def _depthwise(first, last, inputs, weight, bias, out):
-    """The output pixels from `first` to `last` of a depthwise layer, its kernel [K, channels]."""
-    lattice, plan = inputs.lattice, _empty_plan(inputs)
-    channels, taps = lattice.channels, lattice.taps
-    run, line = channels // lattice.runs, lattice.width * channels
+@numba.njit
+def _depthwise(first, last, n, a):
+    """The output [B·H_out·W_out, channels] of a depthwise layer, from pixel `first` to `last`, into `values`."""
+    plan = _empty_plan(n.taps, False)
+    run, line = n.channels // n.metric_groups, n.width * n.channels
     for chunk in range(first, last, LANES):
-        for group in range(lattice.runs):
-            _fill_plan(plan, inputs, chunk, last, group, False)
+        for group in range(n.metric_groups):
+            _fill_plan(plan, n, a, chunk, last, group, False)
             for i in range(min(LANES, last - chunk)):
-                image = (chunk + i) // lattice.out_pixels * lattice.height * line
+                image = (chunk + i) // n.out_pixels * n.height * line
                 for c in range(group * run, group * run + run, LANES):
-                    added = load(bias, c)
-                    for tap in range(taps):
-                        at = image + plan.corners[tap * LANES + i] * channels + c
+                    added = load(a.bias, c)
+                    for tap in range(n.taps):
+                        at = image + plan.corners[tap * LANES + i] * n.channels + c
                         shares = _four(plan.shares, tap, i)
-                        value = _weighed(_corners(inputs.x, at, at + line, channels), shares)
-                        added = added + value * load(weight, tap * channels + c)
-                    store(out, (chunk + i) * channels + c, added)
+                        value = _weighed(_corners(a.x, at, at + line, n.channels), shares)
+                        added = added + value * load(a.weight, tap * n.channels + c)
+                    store(a.values, (chunk + i) * n.channels + c, added)
 
 
-@_compiled
-def _columns(first, last, inputs, columns, origin):
-    """The columns [n, G, K, channels / G] of the output pixels from `first` to `last`, counted from `origin` on."""
-    lattice, plan = inputs.lattice, _empty_plan(inputs)
-    channels, taps = lattice.channels, lattice.taps
-    run, line = channels // lattice.runs, lattice.width * channels
+@numba.njit
+def _columns(first, last, n, a):
+    """The columns [..., G, K, channels / G] of the output pixels from `first` to `last`, counted from `pixel_0` on."""
+    plan = _empty_plan(n.taps, False)
+    run, line = n.channels // n.metric_groups, n.width * n.channels
     for chunk in range(first, last, LANES):
-        for group in range(lattice.runs):
-            _fill_plan(plan, inputs, origin + chunk, origin + last, group, False)
+        for group in range(n.metric_groups):
+            _fill_plan(plan, n, a, n.pixel_0 + chunk, n.pixel_0 + last, group, False)
             for i in range(min(LANES, last - chunk)):
-                image = (origin + chunk + i) // lattice.out_pixels * lattice.height * line
-                for tap in range(taps):
-                    corner = image + plan.corners[tap * LANES + i] * channels
-                    column = (((chunk + i) * lattice.runs + group) * taps + tap - group) * run
+                image = (n.pixel_0 + chunk + i) // n.out_pixels * n.height * line
+                for tap in range(n.taps):
+                    corner = image + plan.corners[tap * LANES + i] * n.channels
+                    column = (((chunk + i) * n.metric_groups + group) * n.taps + tap - group) * run
                     shares = _four(plan.shares, tap, i)
                     for c in range(group * run, group * run + run, LANES):
-                        corners = _corners(inputs.x, corner + c, corner + line + c, channels)
-                        store(columns, column + c, _weighed(corners, shares))
-
-
-class _Results(NamedTuple):
-    """The gradients, flat; of length 0 where not wanted."""
-
-    x: np.ndarray  # [B, height, width, channels], begins at 0
-    source: np.ndarray  # [B, H_out, W_out, ...]
-    mask: np.ndarray  # [B, H_out, W_out, G·K]
-    weight: np.ndarray  # [B, K, channels] of a depthwise kernel, image by image; begins at 0
+                        corners = _corners(a.x, corner + c, corner + line + c, n.channels)
+                        store(a.values, column + c, _weighed(corners, shares))
 
 
 @_inlined
@@ -485,87 +482,170 @@ def _add(array, at, value):
     store(array, at, load(array, at) + value)
 
 
-@_compiled
-def _backward(first, last, inputs, image_0, pixel_0, pixel_1, weight, upstream, results):
-    """All gradients of the samples of some output pixels.
+@numba.njit
+def _backward(first, last, n, a):
+    """All gradients of the samples of some output pixels, unit by unit.
 
-    A unit of work is a metric group of an image: it owns what it adds to, and adds pixel by pixel.
-
-    Args:
-        first: The first unit, counted from the image `image_0` on.
-        last: The unit after the last.
-        inputs: As always.
-        image_0: See above.
-        pixel_0: First output pixel of every image.
-        pixel_1: The one after the last.
-        weight: Of a depthwise layer [K, channels]; else of length 0.
-        upstream: Of a depthwise layer the gradient of its output, [B, H_out, W_out, channels]. Else that of the
-            samples, [images, pixels, G, K, channels / G]; the samples themselves come into its place.
-        results: What is added to, or written.
+    A unit is a block of channels of a metric group of an image: it owns what it adds to, and adds pixel by pixel.
+    `values` are, of a depthwise layer, the gradient of its output, [B, H_out, W_out, channels]. Else they are that of
+    the samples, [images, pixels, G, K, channels / G], and the samples themselves come into their place.
     """
-    lattice, plan, x = inputs.lattice, _empty_plan(inputs), inputs.x
-    channels, taps, groups = lattice.channels, lattice.taps, lattice.runs
-    run, line = channels // groups, lattice.width * channels
-    need_x, need_source, need_weight = len(results.x) > 0, len(results.source) > 0, len(results.weight) > 0
-    by_stretch = np.empty(len(plan.stretches), np.float32)
+    plan, line, groups = _empty_plan(n.taps, True), n.width * n.channels, n.metric_groups
+    run = n.channels // groups
+    need_x, need_source, need_weight = len(a.grad_x) > 0, len(a.grad_source) > 0, len(a.grad_weight) > 0
     for unit in range(first, last):
-        image, group = image_0 + unit // groups, unit % groups
-        begin, end = image * lattice.out_pixels + pixel_0, image * lattice.out_pixels + pixel_1
+        block, group = unit // (n.images * groups), unit % groups
+        image = n.image_0 + unit // groups % n.images
+        registers = run // LANES
+        c_0 = group * run + registers * block // n.blocks * LANES
+        c_1 = group * run + registers * (block + 1) // n.blocks * LANES
+        begin, end = image * n.out_pixels + n.pixel_0, image * n.out_pixels + n.pixel_1
         for chunk in range(begin, end, LANES):
-            _fill_plan(plan, inputs, chunk, end, group, True)
+            _fill_plan(plan, n, a, chunk, end, group, True)
             count = min(LANES, end - chunk)
-            by_stretch[:] = 0.0
             for i in range(count):
-                place = (chunk + i) * groups + group
-                column = (image - image_0) * (pixel_1 - pixel_0) + chunk + i - begin
-                column = ((column * groups + group) * taps - group) * run
-                for tap in range(taps):
+                column = (image - n.image_0) * (n.pixel_1 - n.pixel_0) + chunk + i - begin
+                column = ((column * groups + group) * n.taps - group) * run
+                for tap in range(n.taps):
                     sample = tap * LANES + i
                     mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
-                    slopes = _four(plan.slopes, tap, i)
-                    slopes_y = slopes if lattice.from_metric else _four(plan.slopes_y, tap, i)
-                    slope = slope_y = product = mask - mask
-                    corner = image * lattice.height * line + plan.corners[sample] * channels
-                    for c in range(group * run, group * run + run, LANES):
+                    corner = image * n.height * line + plan.corners[sample] * n.channels
+                    by_00 = by_01 = by_10 = by_11 = mask - mask
+                    for c in range(c_0, c_1, LANES):
                         at, below = corner + c, corner + line + c
-                        corners = _corners(x, at, below, channels)
-                        value = _weighed(corners, shares)
-                        if len(weight):
-                            grad = load(upstream, (chunk + i) * channels + c)
+                        corners = _corners(a.x, at, below, n.channels)
+                        if len(a.weight):
+                            grad = load(a.values, (chunk + i) * n.channels + c)
                             if need_weight:
-                                _add(results.weight, (image * taps + tap) * channels + c, grad * (mask * value))
-                            grad = grad * load(weight, tap * channels + c)
+                                value = mask * _weighed(corners, shares)
+                                _add(a.grad_weight, (image * n.taps + tap) * n.channels + c, grad * value)
+                            grad = grad * load(a.weight, tap * n.channels + c)
                         else:
-                            grad = load(upstream, column + tap * run + c)
-                            store(upstream, column + tap * run + c, mask * value)
+                            grad = load(a.values, column + tap * run + c)
+                            store(a.values, column + tap * run + c, mask * _weighed(corners, shares))
                         if need_source:
-                            slope = slope + grad * _weighed(corners, slopes)
-                            if not lattice.from_metric:
-                                slope_y = slope_y + grad * _weighed(corners, slopes_y)
-                            if lattice.masked:
-                                product = product + grad * value
+                            by_00, by_01 = by_00 + grad * corners[0], by_01 + grad * corners[1]
+                            by_10, by_11 = by_10 + grad * corners[2], by_11 + grad * corners[3]
                         if need_x:
                             grad = mask * grad
-                            _add(results.x, at, shares[0] * grad)
-                            _add(results.x, at + channels, shares[1] * grad)
-                            _add(results.x, below, shares[2] * grad)
-                            _add(results.x, below + channels, shares[3] * grad)
+                            _add(a.grad_x, at, shares[0] * grad)
+                            _add(a.grad_x, at + n.channels, shares[1] * grad)
+                            _add(a.grad_x, below, shares[2] * grad)
+                            _add(a.grad_x, below + n.channels, shares[3] * grad)
                     if need_source:
-                        if lattice.from_metric:
-                            by_stretch[inputs.ray_of[tap] * LANES + i] += total(mask * slope)
-                        else:
-                            results.source[2 * (place * taps + tap)] = total(mask * slope)
-                            results.source[2 * (place * taps + tap) + 1] = total(mask * slope_y)
-                        if lattice.masked:
-                            results.mask[place * taps + tap] = total(product)
-            if need_source and lattice.from_metric:
-                _through_metric(plan, inputs, by_stretch)
-                for i in range(count):
-                    for field in range(5):
-                        results.source[5 * ((chunk + i) * groups + group) + field] = plan.fields[field * LANES + i]
+                        four = tap * 4 * LANES + i
+                        plan.by_corner[four], plan.by_corner[four + LANES] = total(by_00), total(by_01)
+                        plan.by_corner[four + 2 * LANES], plan.by_corner[four + 3 * LANES] = total(by_10), total(by_11)
+            if need_source:
+                _through_samples(plan, n, a, chunk, count, group, block)
+
+
+# --- many threads: each takes the next piece of work until none is left ----------------------------------------------
+
+# A call in memory: the work taken so far, all of it, a piece of it; sizes; address and length of each array.
+_HEADER, _SIZES = 3, len(_Sizes._fields)
+_NUMBERS = _HEADER + _SIZES + 2 * len(_Arrays._fields)
+
+
+@_inlined
+def _array(call, number):
+    at = _HEADER + _SIZES + 2 * number
+    return numba.carray(pointer(call[at]), (call[at + 1],), np.float32)
+
+
+@_inlined
+def _opened(data):
+    """The integers of a call, and what they stand for."""
+    call = numba.carray(data, (_NUMBERS,), np.int64)
+    sizes = _Sizes(*to_fixed_tuple(call[_HEADER : _HEADER + _SIZES], _SIZES))
+    arrays = _Arrays(
+        _array(call, 0),
+        _array(call, 1),
+        _array(call, 2),
+        _array(call, 3),
+        _array(call, 4),
+        _array(call, 5),
+        _array(call, 6),
+        _array(call, 7),
+        _array(call, 8),
+        _array(call, 9),
+        _array(call, 10),
+    )
+    return call, sizes, arrays
+
+
+@_inlined
+def _next_piece(call):
+    first = fetch_and_add(call, call[2])
+    return first, min(first + call[2], call[1])
+
+
+def _run_depthwise(data):
+    call, sizes, arrays = _opened(data)
+    first, last = _next_piece(call)
+    while first < last:
+        _depthwise(first, last, sizes, arrays)
+        first, last = _next_piece(call)
+
+
+def _run_columns(data):
+    call, sizes, arrays = _opened(data)
+    first, last = _next_piece(call)
+    while first < last:
+        _columns(first, last, sizes, arrays)
+        first, last = _next_piece(call)
+
+
+def _run_backward(data):
+    call, sizes, arrays = _opened(data)
+    first, last = _next_piece(call)
+    while first < last:
+        _backward(first, last, sizes, arrays)
+        first, last = _next_piece(call)
+
+
+@functools.cache
+def _machine_code(function: Callable) -> Callable:
+    """Compiles at the first call, and keeps the machine code on disk where there is a place for it."""
+    signature = numba.types.void(numba.types.voidptr)
+    try:
+        return numba.cfunc(signature, cache=True)(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return numba.cfunc(signature)(function)
+
+
+@functools.cache
+def _torch_threads() -> Optional[Callable]:
+    """`GOMP_parallel` of the OpenMP that torch has, which calls a function in as many of its threads as asked for."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            parallel = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return parallel
+    return None
+
+
+def _work(function: Callable, total: int, step: int, sizes: _Sizes, arrays: _Arrays) -> None:
+    """Has `range(total)` worked off in pieces of `step`, by as many threads as torch has where there is enough."""
+    numbers = [0, total, step, *sizes]
+    for array in arrays:
+        numbers += [array.ctypes.data, array.size]
+    call, code = np.array(numbers, np.int64), _machine_code(function)
+    threads, parallel = min(torch.get_num_threads(), -(-total // step)), _torch_threads()
+    if threads <= 1:
+        code.ctypes(call.ctypes.data)
+    elif parallel is not None:
+        parallel(code.address, call.ctypes.data, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(code.ctypes, [call.ctypes.data] * threads))
 
 
 # --- between torch and the kernels -----------------------------------------------------------------------------------
+
+NOTHING = np.empty(0, np.float32)
 
 
 def _flat(t: Tensor) -> np.ndarray:
@@ -582,44 +662,27 @@ def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, int, int]]:
 
 def _filled_up(t: Tensor) -> Tensor:
     """`[..., c]` → c is filled up with zeros to whole registers."""
-    return F.pad(t, (0, -t.shape[-1] % LANES))
+    return F.pad(t, (0, -t.shape[-1] % LANES)) if t.shape[-1] % LANES else t
 
 
-def _in_runs(t: Tensor, runs: int) -> Tensor:
-    """`[..., C]` → `[..., channels]`, every metric group's run of channels filled up to whole registers."""
-    return _filled_up(t.unflatten(-1, (runs, -1))).flatten(-2)
+def _in_registers(t: Tensor, groups: int) -> Tensor:
+    """`[..., C]` → `[..., channels]`, every metric group's channels filled up to whole registers."""
+    return _filled_up(t.unflatten(-1, (groups, -1))).flatten(-2)
 
 
-def _out_of_runs(t: Tensor, runs: int, channels: int) -> Tensor:
-    """`[..., C]` from what `_in_runs` gave."""
-    return t.unflatten(-1, (runs, -1))[..., : channels // runs].flatten(-2)
+def _out_of_registers(t: Tensor, groups: int, channels: int) -> Tensor:
+    """`[..., C]` from what `_in_registers` gave."""
+    return t.unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2)
 
 
-@lru_cache
-def _rays(directions: bytes) -> Tuple[np.ndarray, np.ndarray]:
-    """Directions [K, 2], the bytes of float32 numbers → `rays` and `ray_of` of `_Inputs`."""
-    rays: List[np.ndarray] = []
-    ray_of: List[int] = []
-    for direction in np.frombuffer(directions, np.float32).reshape(-1, 2):
-        # points of one ray differ in the last bit of their directions
-        found = [i for i, ray in enumerate(rays) if abs(direction[0] * ray[1] - direction[1] * ray[0]) < 1e-6]
-        if not found:
-            found = [len(rays)]
-            rays.append(direction)
-        ray_of.append(2 * found[0] + int(direction @ rays[found[0]] < 0))
-    return np.concatenate(rays), np.array(ray_of)
-
-
-def _inputs(arguments: Arguments) -> _Inputs:
+def _inputs(arguments: Arguments) -> Tuple[_Sizes, _Arrays]:
     x, source, weight, mask = arguments[:4]
-    x = _in_runs(with_far_corners(x.detach()).permute(0, 2, 3, 1).float(), arguments.runs)
-    taps = weight[0, 0].numel()
+    x = _in_registers(by_pixels(with_far_corners(x.detach())).float(), arguments.metric_groups)
     source_values, source_strides = _planes(source)
-    mask_values, mask_strides = (np.empty(0, np.float32), (0, 0, 0)) if mask is None else _planes(mask)
-    points = torch.zeros(taps, 2) if arguments.points is None else arguments.points.detach().float()
-    rays, ray_of = _rays(_flat(directions_of(points)).tobytes())
+    mask_values, mask_strides = (NOTHING, (0, 0, 0)) if mask is None else _planes(mask)
+    points = NOTHING if arguments.points is None else _flat(arguments.points.float())
     top, left = first_centre(weight, arguments.padding, arguments.dilation)
-    lattice = _Lattice(
+    sizes = _Sizes(
         height=x.shape[1],
         width=x.shape[2],
         channels=x.shape[3],
@@ -627,170 +690,139 @@ def _inputs(arguments: Arguments) -> _Inputs:
         out_width=source.shape[-1],
         stride_y=arguments.stride[0],
         stride_x=arguments.stride[1],
-        top=float(top),
-        left=float(left),
-        taps=taps,
-        runs=arguments.runs,
-        from_metric=arguments.points is not None,
-        eps=float(arguments.eps),
-        masked=mask is not None,
-        source_strides=source_strides,
-        mask_strides=mask_strides,
+        top=round(2 * top),
+        left=round(2 * left),
+        taps=arguments.taps,
+        metric_groups=arguments.metric_groups,
+        affine=arguments.points is not None,
+        source_image=source_strides[0],
+        source_number=source_strides[1],
+        source_pixel=source_strides[2],
+        mask_image=mask_strides[0],
+        mask_number=mask_strides[1],
+        mask_pixel=mask_strides[2],
+        blocks=1,
+        images=x.shape[0],
+        image_0=0,
+        pixel_0=0,
+        pixel_1=source.shape[-2] * source.shape[-1],
     )
-    return _Inputs(lattice, _flat(x), source_values, mask_values, _flat(points), rays, ray_of)
-
-
-class _Threads(ThreadPoolExecutor):
-    """As many threads as torch has; they start when there is work for more than one."""
-
-    def __init__(self):
-        self.number = torch.get_num_threads()
-        super().__init__(self.number)
-
-    def run(self, kernel: Callable, total: int, step: int, *arguments) -> None:
-        """Calls `kernel(first, last, *arguments)` for pieces of `range(total)` in whole steps, all at the same time."""
-        pieces = gather._pieces(total, -(-total // self.number), step)
-        if len(pieces) == 1:
-            kernel(0, total, *arguments)
-        else:
-            list(self.map(lambda piece: kernel(piece.start, piece.stop, *arguments), pieces))
+    return sizes, _Arrays(_flat(x), source_values, mask_values, points, *[NOTHING] * 7)
 
 
 def _is_depthwise(arguments: Arguments) -> bool:
     return arguments.weight.shape[:2] == (arguments.groups, 1)
 
 
-def _for_gather(arguments: Arguments) -> bool:
-    """float64; and layers with columns where torch has several threads.
-
-    After each product those wait busily for the next, and keep threads of ours from their cores: on two cores a layer
-    of 64 channels took half as long again. `gather` makes the columns with torch's own.
-    """
-    in_double = torch.float64 in (arguments.x.dtype, arguments.source.dtype)
-    return in_double or not (_is_depthwise(arguments) or torch.get_num_threads() == 1)
-
-
 def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
     """[K, channels]."""
-    return _flat(_in_runs(arguments.weight.flatten(1).t().float(), arguments.runs))
+    return _flat(_in_registers(arguments.weight.flatten(1).t().float(), arguments.metric_groups))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    if _for_gather(arguments):
-        return gather._forward(arguments, bias)
-    x, source, weight = arguments[:3]
-    (batch, *_, height, width), out_channels = source.shape, len(weight)
-    out = x.new_empty(0, out_channels)
-    if batch:
-        way = _forward_depthwise if _is_depthwise(arguments) else _forward_by_columns
-        with _Threads() as threads:
-            out = way(arguments, bias, batch * height * width, threads)
-    return out.view(batch, height, width, out_channels).permute(0, 3, 1, 2)
+def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
+    sizes, arrays = _inputs(arguments)
+    step = LANES * -(-THREAD_NUMBERS // (LANES * sizes.taps * sizes.channels))
+    way = _forward_depthwise if _is_depthwise(arguments) else _forward_by_columns
+    way(arguments, bias, by_pixels(out).flatten(0, 2), sizes, arrays, step)
 
 
-def _step(lattice: _Lattice) -> int:
-    """Output pixels that are worth a thread."""
-    return LANES * -(-THREAD_NUMBERS // (LANES * lattice.taps * lattice.channels))
+def _forward_depthwise(
+    arguments: Arguments, bias: Optional[Tensor], out: Tensor, sizes: _Sizes, arrays: _Arrays, step: int
+) -> None:
+    groups = arguments.metric_groups
+    bias = out.new_zeros(out.shape[1]) if bias is None else bias.view(out.shape[1])
+    direct = out.dtype == torch.float32 and sizes.channels == out.shape[1]
+    values = out if direct else torch.empty(len(out), sizes.channels)
+    bias_values = _flat(_in_registers(bias.float(), groups))
+    arrays = arrays._replace(weight=_depthwise_kernel(arguments), bias=bias_values, values=_flat(values))
+    _work(_run_depthwise, len(out), step, sizes, arrays)
+    if not direct:
+        out.copy_(_out_of_registers(values, groups, out.shape[1]))
 
 
-def _forward_depthwise(arguments: Arguments, bias: Optional[Tensor], total: int, threads: _Threads) -> Tensor:
-    x, weight, runs, inputs = arguments.x, arguments.weight, arguments.runs, _inputs(arguments)
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.view(len(weight))
-    arrays = _depthwise_kernel(arguments), _flat(_in_runs(bias.float(), runs))
-    out = torch.empty(total, inputs.lattice.channels)
-    threads.run(_depthwise, total, _step(inputs.lattice), inputs, *arrays, _flat(out))
-    return _out_of_runs(out, runs, len(weight)).to(x.dtype)
-
-
-def _forward_by_columns(arguments: Arguments, bias: Optional[Tensor], total: int, threads: _Threads) -> Tensor:
-    x, weight, runs, inputs = arguments.x, arguments.weight, arguments.runs, _inputs(arguments)
-    taps, channels = inputs.lattice.taps, inputs.lattice.channels
-    kernel, pieces = gather._kernel(arguments), gather._pieces(total, gather._slab_pixels(arguments))
-    out, slab = x.new_empty(total, len(weight)), torch.empty(pieces[0].stop, runs * taps, channels // runs)
+def _forward_by_columns(
+    arguments: Arguments, bias: Optional[Tensor], out: Tensor, sizes: _Sizes, arrays: _Arrays, step: int
+) -> None:
+    x, groups = arguments.x, arguments.metric_groups
+    kernel, pieces = gather._kernel(arguments), gather._pieces(len(out), gather._slab_pixels(arguments))
+    slab = torch.empty(pieces[0].stop, groups * sizes.taps, sizes.channels // groups)
     for piece in pieces:
         columns = slab[: piece.stop - piece.start]
-        threads.run(_columns, len(columns), _step(inputs.lattice), inputs, _flat(columns), piece.start)
-        columns = columns[..., : x.shape[1] // runs].to(x.dtype).flatten(1)
+        _work(
+            _run_columns, len(columns), step, sizes._replace(pixel_0=piece.start), arrays._replace(values=_flat(columns))
+        )
+        columns = columns[..., : x.shape[1] // groups].to(x.dtype).flatten(1)
         out[piece] = gather._product(columns, kernel, bias)
-    return out
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def _gradients(
-    arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    if _for_gather(arguments):
-        return gather._gradients(arguments, grad, need_x, need_source, need_weight)
-    (x, source, weight, mask), runs, inputs = arguments[:4], arguments.runs, _inputs(arguments)
-    (batch, *numbers, height, width), depthwise = source.shape, _is_depthwise(arguments)
-    lattice = inputs.lattice
-    grad_x = torch.zeros((batch, lattice.height, lattice.width, lattice.channels) if need_x else 0)
-    grad_source = torch.empty((batch, height, width, *numbers) if need_source else 0)
-    grad_mask = torch.empty((batch, height, width, mask.shape[1]) if need_source and mask is not None else 0)
-    grad_taps = torch.zeros((batch, lattice.taps, lattice.channels) if need_weight and depthwise else 0)
-    results = _Results(*(_flat(t) for t in (grad_x, grad_source, grad_mask, grad_taps)))
-    grad = grad.detach().permute(0, 2, 3, 1).reshape(batch, height * width, -1)
+def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
+    groups, depthwise, (sizes, arrays) = arguments.metric_groups, _is_depthwise(arguments), _inputs(arguments)
+    grad, batch, wanted = by_pixels(grad.detach()), len(grad), into.x is not None or into.source is not None
+    # where there are fewer images than threads, these share out the channels
+    threads, registers = torch.get_num_threads(), sizes.channels // groups // LANES
+    together = max(gather._slab_pixels(arguments) // sizes.out_pixels, -(-threads // (groups * registers)), 1)
+    together = batch if depthwise else min(batch, together)
+    blocks = min(-(-threads // (together * groups)), registers)
+    sizes = sizes._replace(blocks=blocks, images=together)
 
-    with _Threads() as threads:
-        if depthwise:
-            upstream = _flat(_in_runs(grad.float(), runs))
-            kernel = _depthwise_kernel(arguments)
-            threads.run(_backward, batch * runs, 1, inputs, 0, 0, height * width, kernel, upstream, results)
-            grad_weight = _out_of_runs(grad_taps.sum(0), runs, len(weight)).t() if need_weight else grad_taps
-        else:
-            need_samples = need_x or need_source
-            grad_weight = _backward_by_columns(arguments, grad, need_samples, need_weight, inputs, results, threads)
+    def room(t: Optional[Tensor]) -> Tensor:
+        return torch.empty(0 if t is None else (blocks, *by_pixels(t).shape))
 
-    if need_x:
-        grad_x = _out_of_runs(grad_x[:, : x.shape[2], : x.shape[3]], runs, x.shape[1]).contiguous()
-        grad_x = grad_x.to(x.dtype).permute(0, 3, 1, 2)
-    if need_source:
-        grad_source = grad_source.movedim((1, 2), (-2, -1))
-    if grad_mask.dim() > 1:
-        grad_mask = grad_mask.permute(0, 3, 1, 2)
-    if need_weight:
-        grad_weight = grad_weight.to(weight.dtype).reshape(weight.shape)
-        grad_weight = grad_weight.contiguous(memory_format=kernel_format(weight))
-    return grad_x, grad_source, grad_weight, grad_mask
+    grad_x = torch.zeros(0 if into.x is None else len(arrays.x))
+    grad_source, grad_mask = room(into.source), room(into.mask)
+    need_taps = depthwise and into.weight is not None
+    grad_taps = torch.zeros((batch, sizes.taps, sizes.channels) if need_taps else 0)
+    results = [_flat(t) for t in (grad_x, grad_source, grad_mask, grad_taps)]
+    arrays = _Arrays(*arrays[:7], *results)
+
+    if depthwise:
+        upstream = _flat(_in_registers(grad.float(), groups))
+        arrays = arrays._replace(weight=_depthwise_kernel(arguments), values=upstream)
+        _work(_run_backward, blocks * batch * groups, 1, sizes, arrays)
+        grad_weight = _out_of_registers(grad_taps.sum(0), groups, grad.shape[-1]).t() if need_taps else None
+    else:
+        grad_weight = _backward_by_columns(arguments, grad.flatten(1, 2), wanted, into.weight is not None, sizes, arrays)
+
+    if into.x is not None:
+        grad_x = _out_of_registers(grad_x.view(batch, sizes.height, sizes.width, -1), groups, into.x.shape[1])
+        by_pixels(into.x).copy_(grad_x[:, : into.x.shape[2], : into.x.shape[3]])
+    for result, to in ((grad_source, into.source), (grad_mask, into.mask)):
+        if to is not None:
+            by_pixels(to).copy_(result.sum(0) if blocks > 1 else result[0])
+    if into.weight is not None and grad_weight is not None:
+        into.weight.copy_(grad_weight.reshape(into.weight.shape))
 
 
 def _backward_by_columns(
-    arguments: Arguments,
-    grad: Tensor,
-    need_samples: bool,
-    need_weight: bool,
-    inputs: _Inputs,
-    results: _Results,
-    threads: _Threads,
-) -> Tensor:
-    """Fills the `results`; the kernel's gradient `[..., C_in/groups, K]`. A slab is some pixels of some images."""
-    x, runs, kernel, total = arguments.x, arguments.runs, gather._kernel(arguments), None
+    arguments: Arguments, grad: Tensor, need_samples: bool, need_weight: bool, sizes: _Sizes, arrays: _Arrays
+) -> Optional[Tensor]:
+    """Fills the arrays of gradients; the kernel's `[..., C_in/groups, K]`. A slab is some pixels of some images."""
+    x, groups, kernel, total = arguments.x, arguments.metric_groups, gather._kernel(arguments), None
     (batch, pixels, _), slab = grad.shape, gather._slab_pixels(arguments)
-    share = x.shape[1] // runs
-    together = max(threads.number, slab // pixels)  # a thread needs a whole image to itself
-    for images in gather._pieces(batch, together):
-        for span in gather._pieces(pixels, max(1, slab // together)):
+    share = x.shape[1] // groups
+    for images in gather._pieces(batch, sizes.images):
+        count = images.stop - images.start
+        for span in gather._pieces(pixels, max(1, slab // count)):
             upstream = grad[images, span].flatten(0, 1)
             if need_samples:
                 samples = gather._sample_gradient(upstream, kernel).view(len(upstream), -1, share)
                 samples = _filled_up(samples.float()).contiguous()
             else:
-                samples = torch.zeros(len(upstream), runs * inputs.lattice.taps, inputs.lattice.channels // runs)
-            units, nothing = (images.stop - images.start) * runs, np.empty(0, np.float32)
-            where = images.start, span.start, span.stop
-            threads.run(_backward, units, 1, inputs, *where, nothing, _flat(samples), results)
+                samples = torch.zeros(len(upstream), groups * sizes.taps, sizes.channels // groups)
+            here = sizes._replace(images=count, image_0=images.start, pixel_0=span.start, pixel_1=span.stop)
+            _work(_run_backward, sizes.blocks * count * groups, 1, here, arrays._replace(values=_flat(samples)))
             if need_weight:
                 columns = samples[..., :share].to(x.dtype).flatten(1)
                 part = gather._product_gradient(columns, upstream, kernel).float()
                 total = part if total is None else total.add_(part)
-    return torch.empty(0) if total is None else total.flatten(0, 2).transpose(2, 3)
+    return None if total is None else total.flatten(0, 2).transpose(2, 3)
 
 
-# `ball_conv2d_reference`, fastest on CPUs and straight from the metrics
+# `ball_conv2d_reference`, fastest on CPUs and straight from affine maps
 compiled_conv2d = define("compiled_conv2d", _forward, _gradients, device_types="cpu")

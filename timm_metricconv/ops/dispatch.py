@@ -1,5 +1,6 @@
 """`ball_conv2d`: the one door of the op, and the choice of a backend behind it."""
 
+import os
 from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.modules.utils import _pair
 from .gather import gather_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
-from .samples import Samples, metric_groups
+from .samples import FIELDS, Samples, metric_groups_of
 from .torchvision_deform import ball_conv2d_torchvision
 from .triton_fused import triton_conv2d
 from .triton_fused import why_not as _triton_why_not
@@ -20,6 +21,8 @@ except Exception:  # Numba is optional, and a broken installation of it must not
     compiled_conv2d = None  # type: ignore[assignment]
 
 IntPair = Union[int, Sequence[int]]
+# The backend to prefer wherever it can compute a call.
+PREFERRED = os.environ.get("TIMM_METRICCONV_BACKEND")
 
 
 class Backend(NamedTuple):
@@ -27,53 +30,67 @@ class Backend(NamedTuple):
 
     Attributes:
         function: Same arguments as `ball_conv2d_reference`; one that cannot fuse the samples places them.
-        why_not: (device type, number of weight dimensions) → why it cannot run there, or None where it can.
+        why_not: (x, positions or fields, weight, groups) → why it cannot compute that call, or None where it can.
     """
 
     function: Callable[..., Tensor]
-    why_not: Callable[[str, int], Optional[str]]
+    why_not: Callable[[Tensor, Tensor, Tensor, int], Optional[str]]
 
 
-def _compiled_why_not(device: str, weight_dim: int) -> Optional[str]:
-    return "numba is not installed, or fails here" if compiled_conv2d is None else _gather_why_not(device, weight_dim)
+def _compiled_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    if compiled_conv2d is None:
+        return "numba is not installed, or fails here"
+    if torch.float64 in (x.dtype, source.dtype):
+        return "it computes in float32, and the call is in float64"
+    return _gather_why_not(x, source, weight, groups)
 
 
-def _gather_why_not(device: str, weight_dim: int) -> Optional[str]:
-    return None if device == "cpu" else "it is written for the CPU"
+def _gather_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    return None if x.device.type == "cpu" else "it is written for the CPU"
 
 
-def _torchvision_why_not(device: str, weight_dim: int) -> Optional[str]:
-    if device not in ("cpu", "cuda"):
+def _torchvision_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    if x.device.type not in ("cpu", "cuda"):
         return "torchvision has its kernel for CPUs and CUDA alone"
-    return None if weight_dim == 4 else "it takes a [C_out, C_in/groups, k, k] kernel only"
+    return None if weight.dim() == 4 else "it takes a [C_out, C_in/groups, k, k] kernel only"
 
 
-# In order of preference: the first that can run is taken. What stands before the reference is written for certain
-# devices; the reference runs on all, and `grid_sample` is for images of few channels.
+def _never(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    return None
+
+
+# In order of preference: the first that can compute a call is taken. The reference can compute all, so what comes after
+# it is computed with only by name: `grid_sample` is for images of few channels, and `triton` has not yet run on a GPU
+# (`python -m timm_metricconv --check` tells whether it may).
 BACKENDS: Dict[str, Backend] = {
     "compiled": Backend(compiled_conv2d, _compiled_why_not),
     "gather": Backend(gather_conv2d, _gather_why_not),
-    "triton": Backend(triton_conv2d, _triton_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
-    "reference": Backend(ball_conv2d_reference, lambda device, weight_dim: None),
-    "grid_sample": Backend(grid_sample_conv2d, lambda device, weight_dim: None),
+    "reference": Backend(ball_conv2d_reference, _never),
+    "grid_sample": Backend(grid_sample_conv2d, _never),
+    "triton": Backend(triton_conv2d, _triton_why_not),
 }
 
 
-def _choose(x: Tensor, weight: Tensor, backend: Optional[str]) -> Backend:
-    if backend is None:
-        # An exported or traced program is to run without this package, so it is made of ordinary operators.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return BACKENDS["reference"]
-        for row in BACKENDS.values():
-            if row.why_not(x.device.type, weight.dim()) is None:
-                return row
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}.")
-    reason = BACKENDS[backend].why_not(x.device.type, weight.dim())
-    if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot run on {x.device.type} here: {reason}; backend=None chooses one.")
-    return BACKENDS[backend]
+def choose(x: Tensor, source: Tensor, weight: Tensor, groups: int, backend: Optional[str] = None) -> str:
+    """The backend that computes a call: the one named, or the first that can.
+
+    Raises:
+        ValueError: There is no backend of that name, or it cannot compute the call; the message says why.
+    """
+    for name in (backend, PREFERRED):
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend={name!r}: expected one of {', '.join(BACKENDS)}.")
+    if backend is not None:
+        reason = BACKENDS[backend].why_not(x, source, weight, groups)
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} cannot compute this call: {reason}; backend=None chooses one.")
+        return backend
+    # An exported or traced program is to run without this package, so it is made of ordinary operators.
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"
+    names = BACKENDS if PREFERRED is None else (PREFERRED, *BACKENDS)
+    return next(name for name in names if BACKENDS[name].why_not(x, source, weight, groups) is None)
 
 
 def _check(
@@ -99,26 +116,26 @@ def _check(
     size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
     out = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     taps = weight.shape[2:].numel()
-    runs = metric_groups(samples, taps)
+    metric_groups = metric_groups_of(samples, taps)
     expected: Tuple[int, ...]
     if isinstance(samples, Samples):
-        if samples.points.numel() != 2 * taps or samples.points.shape[-1] != 2:
-            raise ValueError(f"samples.points: expected [K={taps}, 2] or [R, D, 2], got {tuple(samples.points.shape)}.")
-        name, source, axes = "samples.fields", samples.fields, "[B, G·5, H_out, W_out]"
-        expected = x.shape[0], runs * 5, *out
+        if tuple(samples.points.shape) != (taps, 2):
+            raise ValueError(f"samples.points: expected [K, 2] = {(taps, 2)}, got {tuple(samples.points.shape)}.")
+        name, source, axes = "samples.fields", samples.fields, "affine maps [B, G·6, H_out, W_out]"
+        expected = x.shape[0], metric_groups * FIELDS, *out
     else:
         name, source, axes = "samples", samples, "positions [B, G·K, 2, H_out, W_out]"
-        expected = x.shape[0], runs * taps, 2, *out
+        expected = x.shape[0], metric_groups * taps, 2, *out
     if tuple(source.shape) != expected:
-        raise ValueError(f"{name}: expected {axes} = {expected} (G = {runs}), got {tuple(source.shape)}.")
-    if x.shape[1] % runs or (groups % runs and runs % groups):
+        raise ValueError(f"{name}: expected {axes} = {expected} (G = {metric_groups}), got {tuple(source.shape)}.")
+    if x.shape[1] % metric_groups or (groups % metric_groups and metric_groups % groups):
         raise ValueError(
-            f"{name}: metric_groups={runs} must divide the {x.shape[1]} channels, and one of metric_groups and "
+            f"{name}: metric_groups={metric_groups} must divide the {x.shape[1]} channels, and one of metric_groups and "
             f"groups={groups} must divide the other."
         )
     if not source.is_floating_point() or source.element_size() < 4:
         raise TypeError(f"{name}: expected float32 or float64, got {source.dtype}, which cannot hold a position.")
-    one_each = (x.shape[0], runs * taps, *out)
+    one_each = (x.shape[0], metric_groups * taps, *out)
     if mask is not None and tuple(mask.shape) != one_each:
         raise ValueError(f"mask: expected [B, G·K, H_out, W_out] = {one_each}, got {tuple(mask.shape)}.")
 
@@ -152,8 +169,8 @@ def ball_conv2d(
     Args:
         x: Input `[B, C_in, H, W]`.
         samples: Positions y_j, `[B, G·K, 2, H_out, W_out]` as (x, y) in pixels of the input, from the centre of the
-            kernel's receptive field, in float32 (float64 to differentiate numerically); or the `Samples` of a field of
-            metrics. The input's channels fall into G equal runs (metric groups), each with samples of its own.
+            kernel's receptive field, in float32 (float64 to differentiate numerically); or the `Samples` of a pattern
+            under a field of affine maps. The input's channels fall into G equal runs (metric groups), each with samples of its own.
         weight: Kernel `[C_out, C_in/groups, k, k]` whose k² = K taps are the samples in row-major order; or K free
             taps `[C_out, C_in/groups, K]`, centred on the pixel as a 1×1 kernel is.
         bias: `[C_out]`.
@@ -162,13 +179,14 @@ def ball_conv2d(
         dilation: As `nn.Conv2d`. It moves the centre of the receptive field; the samples are taken as they come.
         groups: As `nn.Conv2d`; G divides it or it divides G.
         mask: One factor for each sample, `[B, G·K, H_out, W_out]` (DCNv2's modulation).
-        backend: A name from `BACKENDS`; by default the fastest that can run on the input's device.
+        backend: A name from `BACKENDS`; by default what the environment variable `TIMM_METRICCONV_BACKEND` names
+            where that can compute the call, else the fastest that can.
 
     Returns:
         `[B, C_out, H_out, W_out]` in the dtype of x (under autocast, autocast's).
 
     Raises:
-        ValueError: A shape does not fit, or the backend is unknown or cannot run here.
+        ValueError: A shape does not fit, or the backend is unknown or cannot compute this call.
         TypeError: Samples in half precision or of integers.
 
     Example:
@@ -180,6 +198,9 @@ def ball_conv2d(
     geometry = list(_pair(stride)), list(_pair(padding)), list(_pair(dilation)), groups
     _check(x, samples, weight, mask, *geometry)
     dtype = _autocast(x)
+    source = samples if isinstance(samples, Tensor) else samples.fields
     bias = None if bias is None else bias.to(dtype)
-    mask = None if mask is None else mask.to(samples.dtype if isinstance(samples, Tensor) else samples.fields.dtype)
-    return _choose(x, weight, backend).function(x.to(dtype), samples, weight.to(dtype), bias, mask, *geometry)
+    mask = None if mask is None else mask.to(source.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    function = BACKENDS[choose(x, source, weight, groups, backend)].function
+    return function(x, samples, weight, bias, mask, *geometry)

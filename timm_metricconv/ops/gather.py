@@ -12,16 +12,15 @@ again can cost more than the arithmetic.
 
 import functools
 import warnings
-from typing import List, NamedTuple, Optional, Tuple, Union
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry.metrics import FLOOR, TINY
-from .custom_op import Arguments, define, kernel_format, with_far_corners
+from .custom_op import Arguments, Gradients, by_pixels, define, with_far_corners
 from .reference import first_centre
-from .samples import directions_of
+from .samples import FIELDS
 
 # Columns in memory at a time: they fit a core's share of the last-level cache.
 SLAB_BYTES = 3 * 2**20
@@ -32,60 +31,41 @@ PLAN_SAMPLES = 2**17
 # --- where the samples lie -------------------------------------------------------------------------------------------
 
 
-class _Positions:
-    """Offsets of the samples from their centres as they come."""
+class _Source(NamedTuple):
+    """Offsets of the samples from their centres: as they come, or a pattern's points under affine maps."""
 
-    def __init__(self, positions: Tensor):
-        self.values = positions.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [L, W_out, G·K, 2]
+    values: Tensor  # [L, W_out, ...] positions (G·K, 2), or maps (G·6)
+    pattern: Optional[Tensor]  # [6, 2K]: a map's row times this is y = L·p + t, all x and then all y
 
     def offsets(self, lines: slice) -> Tuple[Tensor, Tensor]:
         """(x, y) of the samples of some output lines, `[lines, W_out, G·K]` each."""
-        return self.values[lines, ..., 0], self.values[lines, ..., 1]
+        values = self.values[lines]
+        if self.pattern is None:
+            return values[..., 0], values[..., 1]
+        both = torch.mm(values.reshape(-1, FIELDS), self.pattern).view(*values.shape[:2], -1, 2, self._taps)
+        return both[..., 0, :].flatten(2), both[..., 1, :].flatten(2)
 
     def gradient(self, lines: slice, grad_x: Tensor, grad_y: Tensor) -> Tensor:
         """Gradients of x and y `[M]` → of the lines' values."""
-        return torch.stack((grad_x, grad_y), -1).view_as(self.values[lines])
+        if self.pattern is None:
+            return torch.stack((grad_x, grad_y), -1).view_as(self.values[lines])
+        both = torch.cat((grad_x.view(-1, self._taps), grad_y.view(-1, self._taps)), 1)
+        return torch.mm(both, self.pattern.t()).view_as(self.values[lines])
+
+    @property
+    def _taps(self) -> int:
+        assert self.pattern is not None
+        return self.pattern.shape[1] // 2
 
 
-class _Metrics:
-    """Offsets y_j = p_j / (F(û_j) + ε) from the fields of metrics, see `Samples` and `geometry.randers`."""
-
-    def __init__(self, fields: Tensor, points: Tensor, eps: float):
-        self.values = fields.permute(0, 2, 3, 1).flatten(0, 1)  # [L, W_out, G·5]
-        self.directions = directions_of(points).t().contiguous()
-        self.points, self.eps = points.t().contiguous(), eps
-
-    def _finsler(self, fields: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_x, z_y, ‖z‖ and F of `[n, 5]` fields, `[n, K]` each; v·z = ω·u with ω = A·v."""
-        a, b, d, x, y = fields.unbind(1)
-        zx, zy = torch.mm(fields[:, 0:2], self.directions), torch.mm(fields[:, 1:3], self.directions)
-        size = (zx * zx).addcmul_(zy, zy).sqrt_()
-        finsler = torch.addmm(size, torch.stack((a * x + b * y, b * x + d * y), 1), self.directions)
-        # Below this bound the floor is idle; of NaN nothing is known, and other images may need it.
-        if not (x * x + y * y).max() <= (1 - 2 * FLOOR) ** 2:
-            finsler = torch.maximum(finsler, FLOOR * size)
-        return zx, zy, size, finsler
-
-    def offsets(self, lines: slice) -> Tuple[Tensor, Tensor]:
-        """As `_Positions.offsets`."""
-        fields = self.values[lines]
-        stretch = self._finsler(fields.reshape(-1, 5))[3].add_(self.eps).reciprocal_()
-        shape = *fields.shape[:2], -1
-        return (stretch * self.points[0]).view(shape), (stretch * self.points[1]).view(shape)
-
-    def gradient(self, lines: slice, grad_x: Tensor, grad_y: Tensor) -> Tensor:
-        """As `_Positions.gradient`."""
-        fields = self.values[lines].reshape(-1, 5)
-        zx, zy, size, finsler = self._finsler(fields)
-        grad_finsler = grad_x.view_as(finsler) * self.points[0]
-        grad_finsler.addcmul_(grad_y.view_as(finsler), self.points[1]).div_((finsler + self.eps).square_().neg_())
-        at_floor = finsler <= FLOOR * size
-        grad_size = torch.where(at_floor, FLOOR * grad_finsler, grad_finsler) / size.clamp(min=TINY**0.5)
-        grad_lean = grad_finsler.masked_fill(at_floor, 0) if at_floor.any() else grad_finsler
-        to_a, to_b = _matmul((grad_size * zx).addcmul_(grad_lean, fields[:, 3:4]), self.directions).unbind(1)
-        to_b2, to_d = _matmul((grad_size * zy).addcmul_(grad_lean, fields[:, 4:5]), self.directions).unbind(1)
-        drift = (grad_lean * zx).sum(1), (grad_lean * zy).sum(1)
-        return torch.stack((to_a, to_b + to_b2, to_d, *drift), 1).view(self.values[lines].shape)
+def _source(arguments: Arguments) -> _Source:
+    values, points = by_pixels(arguments.source).flatten(0, 1), arguments.points
+    if points is None:
+        return _Source(values, None)
+    pattern = values.new_zeros(FIELDS, 2, len(points))
+    pattern[0:2, 0], pattern[2:4, 1] = points.t(), points.t()
+    pattern[4, 0], pattern[5, 1] = 1, 1
+    return _Source(values, pattern.flatten(1))
 
 
 class _Lattice(NamedTuple):
@@ -93,8 +73,8 @@ class _Lattice(NamedTuple):
 
     table: Tensor  # [B·height·width·G, C/G], the channels-last image: a row is one pixel of one metric group
     size: Tuple[int, int]  # (height, width), two at least
-    runs: int  # G
-    source: Union[_Positions, _Metrics]
+    metric_groups: int  # G
+    source: _Source
     rows: Tensor  # [L, 1, 1] the lines' centre in the image
     columns: Tensor  # [W_out, 1] the pixels' centre in the image
     first: Tensor  # [L, 1] int32, the row of the table where the line's image begins
@@ -102,26 +82,26 @@ class _Lattice(NamedTuple):
     @property
     def shifts(self) -> Tuple[int, int, int, int]:
         """Rows of the table from a sample's near corner to (0, 0), (0, 1), (1, 0), (1, 1) as (down, right)."""
-        down = self.size[1] * self.runs
-        return 0, self.runs, down, down + self.runs
+        down = self.size[1] * self.metric_groups
+        return 0, self.metric_groups, down, down + self.metric_groups
 
 
 def _lattice(arguments: Arguments) -> _Lattice:
-    x, source, weight, _, stride, padding, dilation, _, points, eps = arguments
+    x, source, weight, _, stride, padding, dilation, *_ = arguments
     x = with_far_corners(x)
     batch, channels, height, width = x.shape
     out_height, out_width = source.shape[-2:]
-    runs = arguments.runs
+    metric_groups = arguments.metric_groups
     top, left = first_centre(weight, padding, dilation)
     rows = torch.arange(out_height, dtype=source.dtype).mul_(stride[0]).add_(top)
     columns = torch.arange(out_width, dtype=source.dtype).mul_(stride[1]).add_(left)
-    first = torch.arange(batch, dtype=torch.int32).mul_(height * width * runs)[:, None].expand(batch, out_height)
+    first = torch.arange(batch, dtype=torch.int32).mul_(height * width * metric_groups)[:, None].expand(batch, out_height)
     return _Lattice(
         # detached, or embedding_bag prepares for a backward
-        x.detach().permute(0, 2, 3, 1).reshape(-1, channels // runs),
+        x.detach().permute(0, 2, 3, 1).reshape(-1, channels // metric_groups),
         (height, width),
-        runs,
-        _Positions(source) if points is None else _Metrics(source, points, eps),
+        metric_groups,
+        _source(arguments),
         rows.repeat(batch)[:, None, None],
         columns[:, None],
         first.reshape(-1, 1),
@@ -168,9 +148,9 @@ def _plan(lattice: _Lattice, lines: slice, mask: Optional[Tensor]) -> _Plan:
     row, y = _axis((y_offsets + lattice.rows[lines]).reshape(-1), height)
     first = lattice.first[lines]
     base = column.add_(row, alpha=width)
-    if lattice.runs > 1:
-        run = torch.arange(lattice.runs, dtype=base.dtype)[:, None]
-        base = base.mul_(lattice.runs).view(-1, lattice.runs, x_offsets.shape[-1] // lattice.runs).add_(run)
+    if lattice.metric_groups > 1:
+        group = torch.arange(lattice.metric_groups, dtype=base.dtype)[:, None]
+        base = base.mul_(lattice.metric_groups).view(-1, lattice.metric_groups, x_offsets.shape[-1] // lattice.metric_groups).add_(group)
     base = base.view(len(first), -1).add_(first).view(-1)
     # strided stores: a trailing dimension of 2 or 4 would cost a loop call for each sample
     shares = x.distance.new_empty(len(base), 4)
@@ -213,9 +193,9 @@ def _kernel(arguments: Arguments) -> Tensor:
 
     r kernel groups share a metric group, or q metric groups lie in a kernel group; c channels are in both.
     """
-    weight, groups, runs = arguments.weight.flatten(2), arguments.groups, arguments.runs
-    weight = weight.unflatten(1, (max(1, runs // groups), -1)).transpose(2, 3)
-    return weight.unflatten(0, (min(groups, runs), max(1, groups // runs), -1)).contiguous()
+    weight, groups, metric_groups = arguments.weight.flatten(2), arguments.groups, arguments.metric_groups
+    weight = weight.unflatten(1, (max(1, metric_groups // groups), -1)).transpose(2, 3)
+    return weight.unflatten(0, (min(groups, metric_groups), max(1, groups // metric_groups), -1)).contiguous()
 
 
 def _grouped(columns: Tensor, kernel: Tensor) -> Tensor:
@@ -241,11 +221,10 @@ def _product(columns: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
     return product if bias is None else product + bias
 
 
-def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
-    x, source, weight, mask = arguments[:4]
-    lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
-    (batch, *_, out_height, out_width), taps = source.shape, arguments.runs * weight[0, 0].numel()
-    out = x.new_empty(batch * out_height * out_width, weight.shape[0])
+def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
+    lattice, kernel, slab, mask = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments), arguments.mask
+    (batch, out_height, out_width, _), taps = by_pixels(out).shape, arguments.metric_groups * arguments.taps
+    out = by_pixels(out).flatten(0, 2)
     for lines in _pieces(batch * out_height, PLAN_SAMPLES // (out_width * taps)):
         corners, weights = _plan(lattice, lines, mask)[:2]
         planned = out[lines.start * out_width : lines.stop * out_width]
@@ -253,26 +232,21 @@ def _forward(arguments: Arguments, bias: Optional[Tensor]) -> Tensor:
             samples = slice(pixels.start * taps, pixels.stop * taps)
             planned[pixels] = _product(_columns(lattice.table, corners[samples], weights[samples], taps), kernel, bias)
         del corners, weights  # or they would be in memory together with the next
-    return out.view(batch, out_height, out_width, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def _gradients(
-    arguments: Arguments, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    x, source, weight, mask = arguments[:4]
-    lattice, kernel, slab = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments)
-    (batch, *_, out_height, out_width), taps = source.shape, arguments.runs * weight[0, 0].numel()
+def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
+    lattice, kernel, slab, mask = _lattice(arguments), _kernel(arguments), _slab_pixels(arguments), arguments.mask
+    (batch, _, out_height, out_width), taps = grad.shape, arguments.metric_groups * arguments.taps
     image_pixels, image_rows = out_height * out_width, lattice.size[0] * lattice.shifts[2]
-    grad = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    table = lattice.table.to(wide) if need_source else lattice.table
-    grad_table = lattice.table.new_empty(lattice.table.shape if need_x else 0)
-    grad_source = source.new_empty(lattice.source.values.shape) if need_source else x.new_empty(0)
-    grad_mask = mask.new_empty(len(grad) * taps) if need_source and mask is not None else x.new_empty(0)
+    grad = by_pixels(grad).reshape(-1, len(arguments.weight))
+    wide = torch.promote_types(lattice.table.dtype, torch.float32)
+    table = lattice.table if into.source is None else lattice.table.to(wide)
+    grad_table = None if into.x is None else torch.empty_like(lattice.table)
+    grad_source = None if into.source is None else by_pixels(into.source).flatten(0, 1)
+    grad_mask = None if into.mask is None else by_pixels(into.mask).flatten()
     grad_kernel = None
 
     # Whole images: then a slab's samples read (and their gradients return to) those images' rows of the table alone.
@@ -280,40 +254,34 @@ def _gradients(
         plan = _plan(lattice, lines, mask)
         first_pixel, first_image = lines.start * out_width, lines.start // out_height
         upstream = grad[first_pixel : lines.stop * out_width]
-        if need_weight:
+        if into.weight is not None:
             gradient = _kernel_gradient(lattice.table, plan, upstream, kernel, slab)
             grad_kernel = gradient if grad_kernel is None else grad_kernel.add_(gradient)
-        readers = _readers(plan) if need_x else None
-        grad_shares = plan.shares.new_empty(plan.shares.shape if need_source else 0)
-        for pixels in _pieces(len(upstream), slab, image_pixels) if need_x or need_source else []:
+        readers = None if grad_table is None else _readers(plan)
+        grad_shares = plan.shares.new_empty(0 if grad_source is None else plan.shares.shape)
+        for pixels in [] if grad_table is grad_source is None else _pieces(len(upstream), slab, image_pixels):
             samples = slice(pixels.start * taps, pixels.stop * taps)
             grad_samples = _sample_gradient(upstream[pixels], kernel)
-            if readers is not None:
+            if readers is not None and grad_table is not None:
                 images = (first_image + pixels.start // image_pixels, first_image + pixels.stop // image_pixels)
                 rows = slice(images[0] * image_rows, images[1] * image_rows)
                 grad_table[rows] = _transposed_gather(grad_samples, readers, samples, rows, lattice.shifts)
-            if need_source:
+            if grad_source is not None:
                 grad_shares[samples] = _corner_products(grad_samples.to(wide), table, plan.corners[samples])
             del grad_samples
-        if need_source:
-            if plan.mask is not None:
+        if grad_source is not None:
+            if plan.mask is not None and grad_mask is not None:
                 samples = slice(first_pixel * taps, lines.stop * out_width * taps)
                 grad_mask[samples] = (grad_shares * plan.shares).sum(1)
                 grad_shares *= plan.mask
             grad_source[lines] = lattice.source.gradient(lines, *_coordinate_gradients(grad_shares, plan))
         del plan, readers, grad_shares
 
-    if need_x:
-        grad_table = grad_table.view(batch, *lattice.size, x.shape[1])[:, : x.shape[2], : x.shape[3]]
-        grad_table = grad_table.contiguous().permute(0, 3, 1, 2)
-    if need_source:
-        grad_source = grad_source.unflatten(0, (batch, out_height)).movedim((1, 2), (-2, -1))
-        if mask is not None:
-            grad_mask = grad_mask.view(batch, out_height, out_width, taps).permute(0, 3, 1, 2)
-    if grad_kernel is None:
-        return grad_table, grad_source, x.new_empty(0), grad_mask
-    grad_weight = grad_kernel.flatten(0, 2).transpose(2, 3).to(weight.dtype).reshape(weight.shape)
-    return grad_table, grad_source, grad_weight.contiguous(memory_format=kernel_format(weight)), grad_mask
+    if into.x is not None and grad_table is not None:
+        grad_table = grad_table.view(batch, *lattice.size, -1)
+        by_pixels(into.x).copy_(grad_table[:, : into.x.shape[2], : into.x.shape[3]])
+    if into.weight is not None and grad_kernel is not None:
+        into.weight.copy_(grad_kernel.flatten(0, 2).transpose(2, 3).reshape(into.weight.shape))
 
 
 def _kernel_gradient(table: Tensor, plan: _Plan, upstream: Tensor, kernel: Tensor, slab: int) -> Tensor:
@@ -416,5 +384,5 @@ def _through_hats(near: Tensor, far: Tensor, distance: Tensor) -> Tensor:
     return (far - near).mul_(pixel == 0).addcmul_(near, pixel == -1).addcmul_(far, pixel == 1, value=-1)
 
 
-# `ball_conv2d_reference`, fast on CPUs and straight from the metrics
+# `ball_conv2d_reference`, fast on CPUs and straight from affine maps
 gather_conv2d = define("gather_conv2d", _forward, _gradients, device_types="cpu")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import sampling_points
-from .samples import Samples, metric_groups, place
+from .samples import Samples, metric_groups_of, place
 
 
 def grid_sample_conv2d(
@@ -27,20 +27,20 @@ def grid_sample_conv2d(
 ) -> Tensor:
     """`ball_conv2d_reference`, fast for few channels."""
     taps = weight.flatten(2).unflatten(0, (groups, -1))
-    runs = metric_groups(samples, taps.shape[-1])
+    metric_groups = metric_groups_of(samples, taps.shape[-1])
     points = sampling_points(place(samples), weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
     # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel
     # must stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
     size = 1 << (max(x.shape[2], x.shape[3]) - 1).bit_length()
     image = F.pad(x.to(points.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
-    image = image.unflatten(1, (runs, x.shape[1] // runs))
+    image = image.unflatten(1, (metric_groups, x.shape[1] // metric_groups))
     grid = points * (2 / size) + (1 / size - 1)
     # Each tap is an image of the batch for grid_sample, whose threads share out the batch; a view where x is one image.
     image = image[:, :, None].expand(-1, -1, taps.shape[-1], -1, -1, -1).flatten(0, 2)
     read = F.grid_sample(image, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
-    read = read.view(len(x), runs, taps.shape[-1], x.shape[1] // runs, *grid.shape[2:4])
+    read = read.view(len(x), metric_groups, taps.shape[-1], x.shape[1] // metric_groups, *grid.shape[2:4])
     if mask is not None:
-        read = read * mask.unflatten(1, (runs, -1))[:, :, :, None]
+        read = read * mask.unflatten(1, (metric_groups, -1))[:, :, :, None]
     read = read.transpose(1, 2).flatten(2, 3)
     read = read.unflatten(2, (groups, x.shape[1] // groups))
     out = torch.einsum("bkgchw,gock->bgohw", read, taps.to(read.dtype)).flatten(1, 2)

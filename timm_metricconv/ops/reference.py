@@ -56,12 +56,13 @@ def ball_conv2d_reference(
     corner = points.floor()
     fraction = points - corner
     # a row of the table is one pixel of one metric group
-    runs = points.shape[3] // taps
-    table = x.permute(0, 2, 3, 1).reshape(batch * height * width * runs, channels // runs).to(points.dtype)
+    metric_groups = points.shape[3] // taps
+    share = channels // metric_groups
+    table = x.permute(0, 2, 3, 1).reshape(batch * height * width * metric_groups, share).to(points.dtype)
     image = (torch.arange(batch, device=x.device) * (height * width)).view(batch, 1, 1, 1)
-    run = torch.arange(runs, device=x.device).repeat_interleave(taps)
+    group = torch.arange(metric_groups, device=x.device).repeat_interleave(taps)
 
-    columns = torch.zeros(points.shape[:4] + (channels // runs,), dtype=points.dtype, device=x.device)
+    columns = torch.zeros(points.shape[:4] + (share,), dtype=points.dtype, device=x.device)
     for down in range(2):
         for right in range(2):
             column, row = corner[..., 0] + right, corner[..., 1] + down
@@ -71,14 +72,14 @@ def ball_conv2d_reference(
             )
             # NaN and huge positions must not become wild indices: integers are clamped last
             column, row = column.to(torch.int64).clamp(0, width - 1), row.to(torch.int64).clamp(0, height - 1)
-            values = table[(image + row * width + column) * runs + run]
+            values = table[(image + row * width + column) * metric_groups + group]
             columns = columns + values * torch.where(inside, share, torch.zeros_like(share))[..., None]
     if mask is not None:
         columns = columns * mask.permute(0, 2, 3, 1)[..., None].to(columns.dtype)
 
     # torch's older ONNX exporter fixes all sizes at an `unflatten`
     size = points.shape[1:3]
-    columns = columns.reshape(batch, size[0], size[1], runs, taps, channels // runs).transpose(3, 4)
+    columns = columns.reshape(batch, size[0], size[1], metric_groups, taps, share).transpose(3, 4)
     columns = columns.reshape(batch, size[0], size[1], taps, groups, channels // groups)
     kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
     out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)

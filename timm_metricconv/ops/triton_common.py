@@ -2,7 +2,7 @@
 
 Layout: images are channels-last, x `[B, H, W, C]`. An output pixel has a number m below M = B·H_out·W_out `pixels`, and
 each of its G metric groups one ball, number m·G + g below M·G. The samples lie ball by ball: source `[M·G, K, 2]`
-positions, or `[M·G, 5]` fields (then `points` is `[K, 2]`); mask `[M·G, K]`. The kernel is `[K, C_out, C/groups]`. The
+positions, or `[M·G, 6]` fields (then `points` is `[K, 2]`); mask `[M·G, K]`. The kernel is `[K, C_out, C/groups]`. The
 number of a pixel fits int32, an offset in elements need not.
 """
 
@@ -56,40 +56,38 @@ def centre(m, out_height, out_width, stride_y, stride_x, origin_y, origin_x):
 
 
 @jit
-def metric(source, points, ball, tap):
-    """The law of `geometry.randers`: F(û) = ‖z‖ + v·z, z = A·û, at least 1e-3·‖z‖.
-
-    Returns:
-        The pattern's point p number `tap` and û = p/‖p‖; of the metrics number `ball`, v, z, ‖z‖, F(û) and whether F is
-        above its floor.
-    """
+def affine(source, points, ball, tap):
+    """y = L·p + t, (x, y), of the pattern's point p number `tap` under the map number `ball`."""
     px, py = tl.load(points + 2 * tap), tl.load(points + 2 * tap + 1)
-    radius = tl.sqrt(px * px + py * py)
-    # any direction serves for a point at the origin
-    away = radius > 0
-    radius = tl.where(away, radius, 1.0)
-    ux, uy = tl.where(away, px / radius, 1.0), py / radius
-    field = source + ball * 5
-    a, b, d, vx, vy = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
-    zx, zy = a * ux + b * uy, b * ux + d * uy
-    # A is positive, but its square may underflow
-    norm = tl.sqrt(tl.maximum(zx * zx + zy * zy, 1e-30))
-    value, floor = norm + vx * zx + vy * zy, 1e-3 * norm
-    return px, py, ux, uy, vx, vy, zx, zy, norm, tl.maximum(value, floor), value >= floor
+    at = source + ball * 6
+    x = tl.load(at) * px + tl.load(at + 1) * py + tl.load(at + 4)
+    return x, tl.load(at + 2) * px + tl.load(at + 3) * py + tl.load(at + 5)
 
 
 @jit
-def metric_gradient(source, points, ball, tap, eps, grad_dx, grad_dy):
-    """Gradient of a sample y = p / (F(û) + ε) → gradients of the field (a, b, d, v_x, v_y)."""
-    px, py, ux, uy, vx, vy, zx, zy, norm, finsler, free = metric(source, points, ball, tap)
-    stretch = 1 / (finsler + eps)
-    # one factor at a time: the square of the stretch may overflow where the gradient is 0
-    grad_finsler = -(grad_dx * px + grad_dy * py) * stretch * stretch
-    grad_drift = tl.where(free, grad_finsler, 0.0)
-    # on the floor F is proportional to ‖z‖
-    grad_norm = tl.where(free, grad_finsler, grad_finsler * (finsler / norm)) / norm
-    grad_zx, grad_zy = grad_norm * zx + grad_drift * vx, grad_norm * zy + grad_drift * vy
-    return grad_zx * ux, grad_zx * uy + grad_zy * ux, grad_zy * uy, grad_drift * zx, grad_drift * zy
+def affine_gradient(grad, points, tap, grad_dx, grad_dy):
+    """`grad`, the gradients of six fields, and those of a sample y = L·p + t."""
+    px, py = tl.load(points + 2 * tap), tl.load(points + 2 * tap + 1)
+    xx, xy, yx, yy, shift_x, shift_y = grad
+    return (
+        xx + grad_dx * px,
+        xy + grad_dx * py,
+        yx + grad_dy * px,
+        yy + grad_dy * py,
+        shift_x + grad_dx,
+        shift_y + grad_dy,
+    )
+
+
+@jit
+def store_fields(at, grad, live):
+    """Writes six fields `[M]`."""
+    tl.store(at, grad[0], mask=live)
+    tl.store(at + 1, grad[1], mask=live)
+    tl.store(at + 2, grad[2], mask=live)
+    tl.store(at + 3, grad[3], mask=live)
+    tl.store(at + 4, grad[4], mask=live)
+    tl.store(at + 5, grad[5], mask=live)
 
 
 @jit
@@ -112,15 +110,14 @@ def _slope(distance):
 
 
 @jit
-def locate(source, points, ball, tap, taps, image, x, y, height, width, eps):
+def locate(source, points, ball, tap, taps, image, x, y, height, width):
     """Number of the pixel that is sample `tap`'s near corner, and the distance (x, y) of the sample from it."""
     if points is None:
         at = source + (ball * taps + tap) * 2
         x, y = x + tl.load(at), y + tl.load(at + 1)
     else:
-        px, py, _, _, _, _, _, _, _, finsler, _ = metric(source, points, ball, tap)
-        stretch = 1 / (finsler + eps)
-        x, y = x + px * stretch, y + py * stretch
+        offset_x, offset_y = affine(source, points, ball, tap)
+        x, y = x + offset_x, y + offset_y
     near_x, near_y = _near(x, width - 2), _near(y, height - 2)
     return (image * height + near_y) * width + near_x, x - near_x, y - near_y
 
@@ -198,7 +195,7 @@ class Problem(NamedTuple):
         kernel: `[K, C_out, C/groups]`.
         balls: Number of metric groups, G.
         pixels: M.
-        geometry: The kernels' arguments `height` to `eps`.
+        geometry: The kernels' arguments `height` to `origin_x`.
     """
 
     x: Tensor
@@ -217,7 +214,7 @@ def pose(arguments: Arguments) -> Problem:
     Raises:
         ValueError: The images have too many pixels.
     """
-    x, source, weight, mask, stride, padding, dilation, _, points, eps = arguments
+    x, source, weight, mask, stride, padding, dilation, _, points = arguments
     x = with_far_corners(x)
     batch, _, height, width = x.shape
     out_height, out_width = source.shape[-2:]
@@ -229,10 +226,10 @@ def pose(arguments: Arguments) -> Problem:
     return Problem(
         x.permute(0, 2, 3, 1).contiguous(),
         source.permute((0, 3, 4, 1, 2) if points is None else (0, 2, 3, 1)).contiguous(),
-        None if points is None else points.reshape(-1, 2).contiguous(),
+        None if points is None else points.contiguous(),
         None if mask is None else mask.permute(0, 2, 3, 1).contiguous(),
         taps.permute(2, 0, 1).contiguous(),
-        source.shape[1] // (taps.shape[2] if points is None else 5),
+        arguments.metric_groups,
         pixels,
-        (height, width, out_height, out_width, stride[0], stride[1], float(origin[0]), float(origin[1]), float(eps)),
+        (height, width, out_height, out_width, stride[0], stride[1], float(origin[0]), float(origin[1])),
     )

@@ -17,16 +17,17 @@ from torch import Tensor
 from .custom_op import Arguments
 from .triton_common import (
     Launcher,
+    affine_gradient,
     centre,
     columns,
     constexpr,
     jit,
     locate,
-    metric_gradient,
     modulation,
     pose,
     position_gradient,
     shares,
+    store_fields,
     tl,
     triton,
 )
@@ -48,7 +49,7 @@ def _tile(tile, rows, out_width, BLOCK_M: constexpr, WIDE: constexpr):
 def forward_kernel(
     out, x, source, points, mask, kernel, bias,
     rows, taps, channels, BC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     BLOCK_M: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
 ):  # fmt: skip
     # neighbours in the grid share a tile of pixels
@@ -63,7 +64,7 @@ def forward_kernel(
 
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tap in range(taps):
-        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
         s00, s01, s10, s11 = shares(dx, dy, modulation(mask, ball, tap, taps))
         at = near.to(tl.int64)[:, None] * channels + c[None, :]
         values = columns(x, at, keep[None, :], width * channels, channels, s00, s01, s10, s11)
@@ -85,7 +86,7 @@ def _shift(value, by):
 def input_gradient_kernel(
     grad_x, grad, source, points, mask, kernel,
     rows, taps, slice_taps, channels, BC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     BLOCK_M: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
 ):  # fmt: skip
     """Adds to grad_x [B, H, W, C]."""
@@ -100,7 +101,7 @@ def input_gradient_kernel(
 
     first = tl.program_id(1) * slice_taps
     for tap in range(first, tl.minimum(first + slice_taps, taps)):
-        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
         t00, t01, t10, t11 = shares(dx, dy, tl.where(live, modulation(mask, ball, tap, taps), 0.0))
         # where the neighbours' samples lie beside this one, their shares of this one's near corner
         from_left = has_left & (_shift(near, 1) + 1 == near)
@@ -140,10 +141,10 @@ def input_gradient_kernel(
 def sample_gradient_kernel(
     grad_source, grad_mask, partial, grad, x, source, points, mask, kernel,
     rows, taps, slice_taps, channels, BC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     BLOCK_M: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
 ):  # fmt: skip
-    """Sets grad_source ([M·G, K, 2] or [slices, M·G, 5]), grad_mask, and each tile's part of the kernel's gradient.
+    """Sets grad_source ([M·G, K, 2] or [slices, M·G, 6]), grad_mask, and each tile's part of the kernel's gradient.
 
     All need the same corners. That part is partial [tiles, K, C]; each of the three may be None.
     """
@@ -153,12 +154,12 @@ def sample_gradient_kernel(
     ball = m.to(tl.int64) * balls + number
     image, centre_x, centre_y = centre(m, out_height, out_width, stride_y, stride_x, origin_y, origin_x)
     right, down = channels, width * channels
-    grad_a = tl.zeros((BLOCK_M,), tl.float32)
-    grad_b, grad_d, grad_vx, grad_vy = grad_a, grad_a, grad_a, grad_a
+    nothing = tl.zeros((BLOCK_M,), tl.float32)
+    grad_fields = nothing, nothing, nothing, nothing, nothing, nothing
 
     first = tl.program_id(1) * slice_taps
     for tap in range(first, tl.minimum(first + slice_taps, taps)):
-        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
         factor = modulation(mask, ball, tap, taps)
         t00, t01, t10, t11 = shares(dx, dy, factor)
         g00 = tl.zeros((BLOCK_M,), tl.float32)
@@ -195,20 +196,11 @@ def sample_gradient_kernel(
                 tl.store(at_source, grad_dx, mask=live)
                 tl.store(at_source + 1, grad_dy, mask=live)
             else:
-                da, db, dd, dvx, dvy = metric_gradient(source, points, ball, tap, eps, grad_dx, grad_dy)
-                grad_a += da
-                grad_b += db
-                grad_d += dd
-                grad_vx += dvx
-                grad_vy += dvy
+                grad_fields = affine_gradient(grad_fields, points, tap, grad_dx, grad_dy)
 
     if grad_source is not None and points is not None:
-        at_field = grad_source + (tl.program_id(1).to(tl.int64) * rows * out_width * balls + ball) * 5
-        tl.store(at_field, grad_a, mask=live)
-        tl.store(at_field + 1, grad_b, mask=live)
-        tl.store(at_field + 2, grad_d, mask=live)
-        tl.store(at_field + 3, grad_vx, mask=live)
-        tl.store(at_field + 4, grad_vy, mask=live)
+        at_field = grad_source + (tl.program_id(1).to(tl.int64) * rows * out_width * balls + ball) * 6
+        store_fields(at_field, grad_fields, live)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -248,17 +240,15 @@ class Depthwise:
         """How many tiles there are."""
         return triton.cdiv(self.rows, block_m // WIDE) * triton.cdiv(self.call.geometry[3], WIDE)
 
-    def forward(self, bias: Optional[Tensor]) -> Tensor:
-        """`[B, H_out, W_out, C]`."""
+    def forward(self, bias: Optional[Tensor], out: Tensor) -> None:
+        """Sets `out` `[B, H_out, W_out, C]`."""
         call, settings = self.call, self.settings(registers=64 * self.wide)
-        out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.channels)
         blocks = triton.cdiv(self.ball, settings["BLOCK_C"]) * call.balls
         self.launch(
             forward_kernel, (self.tiles(settings["BLOCK_M"]) * blocks,),
             out, call.x, call.source, call.points, call.mask, call.kernel, bias,
             self.rows, self.taps, self.channels, self.ball, *call.geometry, **settings,
         )  # fmt: skip
-        return out
 
     def gradients(
         self, grad: Tensor, need_x: bool, need_source: bool, need_weight: bool

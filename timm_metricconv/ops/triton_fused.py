@@ -2,35 +2,33 @@
 
 A program takes a tile of output pixels. For each tap it finds where the tile reads, gathers the four corners of all
 channels and feeds their mean to the tensor cores; the backward pass reads again instead of keeping anything. Images are
-channels-last, positions and accumulators float32. The samples come as positions or straight from a field of metrics,
-whose positions then live in registers only. Depthwise layers have kernels of their own, in `triton_depthwise.py`.
+channels-last, positions and accumulators float32. The samples come as positions or straight from affine maps, and then
+live in registers only. Depthwise layers have kernels of their own, in `triton_depthwise.py`.
 
-The image's gradient is added with float32 atomics, in an order that changes; nothing else is. So where torch is asked
-for deterministic algorithms the reference computes instead.
+The image's gradient is added with float32 atomics, in an order that changes; nothing else is.
 """
 
-from typing import List, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from . import triton_depthwise
-from .custom_op import Arguments, define, kernel_format
-from .reference import ball_conv2d_reference
-from .samples import Samples
+from .custom_op import Arguments, Gradients, by_pixels, define
 from .triton_common import (
     INTERPRETED,
     Launcher,
+    affine_gradient,
     centre,
     columns,
     constexpr,
     jit,
     locate,
-    metric_gradient,
     modulation,
     pose,
     position_gradient,
     shares,
+    store_fields,
     tl,
     triton,
 )
@@ -46,7 +44,7 @@ from .triton_common import (
 def forward_kernel(
     out, x, source, points, mask, kernel, bias,
     pixels, taps, channels, out_channels, GC, GN, BC, UC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     DOT: constexpr, PRECISION: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
     # neighbours in the grid share a tile of pixels, so its corners are in the cache
@@ -62,7 +60,7 @@ def forward_kernel(
     for unit in range(0, GC, UC):
         ball = m.to(tl.int64) * (channels // BC) + (group * GC + unit) // BC
         for tap in range(taps):
-            near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+            near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
             s00, s01, s10, s11 = shares(dx, dy, modulation(mask, ball, tap, taps))
             table = near.to(tl.int64)[:, None] * channels + group * GC
             taken = kernel + (tap * out_channels + group * GN + n).to(tl.int64)[None, :] * GC
@@ -83,10 +81,10 @@ def forward_kernel(
 def input_gradient_kernel(
     grad_x, grad_source, grad_mask, grad, x, source, points, mask, kernel,
     pixels, taps, slice_taps, channels, out_channels, GC, GN, BC, UC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     DOT: constexpr, PRECISION: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
-    """Adds to grad_x [B, H, W, C], sets grad_source ([M·G, K, 2] or [slices, M·G, 5]) and grad_mask; each may be None.
+    """Adds to grad_x [B, H, W, C], sets grad_source ([M·G, K, 2] or [slices, M·G, 6]) and grad_mask; each may be None.
 
     One program does all channels of its ball and taps, so a sample's address and its gradient are found once.
     """
@@ -98,12 +96,12 @@ def input_gradient_kernel(
     ball = m.to(tl.int64) * balls + tl.program_id(2)
     right, down = channels, width * channels
     grad_rows = grad + m.to(tl.int64)[:, None] * out_channels
-    grad_a = tl.zeros((BLOCK_M,), tl.float32)
-    grad_b, grad_d, grad_vx, grad_vy = grad_a, grad_a, grad_a, grad_a
+    nothing = tl.zeros((BLOCK_M,), tl.float32)
+    grad_fields = nothing, nothing, nothing, nothing, nothing, nothing
 
     first = tl.program_id(1) * slice_taps
     for tap in range(first, tl.minimum(first + slice_taps, taps)):
-        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
         factor = modulation(mask, ball, tap, taps)
         t00, t01, t10, t11 = shares(dx, dy, factor)
         g00 = tl.zeros((BLOCK_M,), tl.float32)
@@ -146,27 +144,18 @@ def input_gradient_kernel(
                 tl.store(at_source, grad_dx, mask=live)
                 tl.store(at_source + 1, grad_dy, mask=live)
             else:
-                da, db, dd, dvx, dvy = metric_gradient(source, points, ball, tap, eps, grad_dx, grad_dy)
-                grad_a += da
-                grad_b += db
-                grad_d += dd
-                grad_vx += dvx
-                grad_vy += dvy
+                grad_fields = affine_gradient(grad_fields, points, tap, grad_dx, grad_dy)
 
     if grad_source is not None and points is not None:
-        at_field = grad_source + (tl.program_id(1).to(tl.int64) * pixels * balls + ball) * 5
-        tl.store(at_field, grad_a, mask=live)
-        tl.store(at_field + 1, grad_b, mask=live)
-        tl.store(at_field + 2, grad_d, mask=live)
-        tl.store(at_field + 3, grad_vx, mask=live)
-        tl.store(at_field + 4, grad_vy, mask=live)
+        at_field = grad_source + (tl.program_id(1).to(tl.int64) * pixels * balls + ball) * 6
+        store_fields(at_field, grad_fields, live)
 
 
 @jit
 def weight_gradient_kernel(
     partial, grad, x, source, points, mask,
     pixels, taps, span, channels, out_channels, GC, GN, BC, UC,
-    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x, eps,
+    height, width, out_height, out_width, stride_y, stride_x, origin_y, origin_x,
     DOT: constexpr, PRECISION: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
     """A tile of one tap's gradient, summed over `span` pixels, into partial [splits, K, C_out, C/groups]."""
@@ -185,7 +174,7 @@ def weight_gradient_kernel(
         m = tl.minimum(rows, pixels - 1)
         image, centre_x, centre_y = centre(m, out_height, out_width, stride_y, stride_x, origin_y, origin_x)
         ball = m.to(tl.int64) * (channels // BC) + unit // BC
-        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width, eps)
+        near, dx, dy = locate(source, points, ball, tap, taps, image, centre_x, centre_y, height, width)
         s00, s01, s10, s11 = shares(dx, dy, modulation(mask, ball, tap, taps))
         at = near.to(tl.int64)[:, None] * channels + (unit + c)[None, :]
         values = columns(x, at, keep, width * channels, channels, s00, s01, s10, s11).to(x.dtype.element_ty)
@@ -202,14 +191,17 @@ def weight_gradient_kernel(
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
-def why_not(device: str, weight_dim: int) -> Optional[str]:
-    """Why this backend cannot run on a type of device, or None where it can.
+def why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    """Why these kernels cannot compute a call, or None where they can; see `dispatch.Backend`."""
+    if torch.float64 in (x.dtype, source.dtype):
+        return "it computes in float32, and the call is in float64"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch is asked for deterministic algorithms, and its atomics add in a changing order"
+    return _why_not_on(x.device.type)
 
-    Args:
-        device: `torch.device.type`.
-        weight_dim: Number of dimensions of the kernel; any will do.
-    """
+
+@torch.compiler.assume_constant_result
+def _why_not_on(device: str) -> Optional[str]:
     if triton is None:
         return "triton is not installed"
     if INTERPRETED:
@@ -287,17 +279,15 @@ class _Dense:
             **self.launch.options(warps or (8 if block_n * block_c >= 2048 else 4), stages, registers),
         }
 
-    def forward(self, bias: Optional[Tensor]) -> Tensor:
-        """`[B, H_out, W_out, C_out]`."""
+    def forward(self, bias: Optional[Tensor], out: Tensor) -> None:
+        """Sets `out` `[B, H_out, W_out, C_out]`."""
         call, settings = self.call, self.settings(most_n=128, most_c=32, registers=128)
-        out = call.x.new_empty(call.x.shape[0], *call.geometry[2:4], self.out_channels)
         tiles = triton.cdiv(call.pixels, settings["BLOCK_M"]) * triton.cdiv(self.out_group, settings["BLOCK_N"])
         grid = (tiles * (self.out_channels // self.out_group),)
         self.launch(
             forward_kernel, grid, out, call.x, call.source, call.points, call.mask, call.kernel, bias,
             call.pixels, self.taps, *self.sizes, *call.geometry, **settings,
         )  # fmt: skip
-        return out
 
     def input_gradient(
         self, grad: Tensor, need_x: bool, need_source: bool
@@ -373,65 +363,27 @@ def _method(arguments: Arguments, launch: Optional[Launcher]) -> Union[_Dense, t
     return (triton_depthwise.Depthwise if depthwise else _Dense)(arguments, launch or Launcher(x.device))
 
 
-def forward(arguments: Arguments, bias: Optional[Tensor], launch: Optional[Launcher] = None) -> Tensor:
-    """The output, channels-last."""
-    x, source, weight, *_ = arguments
-    if not source.numel() or not weight.numel():
-        return x.new_empty(x.shape[0], *source.shape[-2:], len(weight)).permute(0, 3, 1, 2)
-    with torch.cuda.device_of(x):
-        return _method(arguments, launch).forward(bias).permute(0, 3, 1, 2)
+def forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor, launch: Optional[Launcher] = None) -> None:
+    """See `custom_op.define`."""
+    with torch.cuda.device_of(out):
+        _method(arguments, launch).forward(bias, by_pixels(out))
 
 
-def gradients(
-    arguments: Arguments,
-    grad: Tensor,
-    need_x: bool,
-    need_source: bool,
-    need_weight: bool,
-    launch: Optional[Launcher] = None,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, positions or fields, weight and mask; an empty tensor for what is not needed."""
-    x, _, weight, *_ = arguments
-    grad = grad.permute(0, 2, 3, 1).contiguous()
-    with torch.cuda.device_of(x):
+def gradients(arguments: Arguments, grad: Tensor, into: Gradients, launch: Optional[Launcher] = None) -> None:
+    """See `custom_op.define`."""
+    x, weight = into.x, into.weight
+    with torch.cuda.device_of(grad):
         method = _method(arguments, launch)
-        grad_x, grad_source, grad_kernel, grad_mask = method.gradients(grad, need_x, need_source, need_weight)
-
-    if grad_x is not None:
-        grad_x = grad_x[:, : x.shape[2], : x.shape[3]].to(x.dtype).contiguous().permute(0, 3, 1, 2)
-    if grad_source is not None:
-        grad_source = grad_source.permute((0, 3, 4, 1, 2) if arguments.points is None else (0, 3, 1, 2))
-    if grad_mask is not None:
-        grad_mask = grad_mask.permute(0, 3, 1, 2)
-    if grad_kernel is not None:
-        grad_kernel = grad_kernel.permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
-        grad_kernel = grad_kernel.contiguous(memory_format=kernel_format(weight))
-
-    def kept(gradient: Optional[Tensor]) -> Tensor:
-        return x.new_empty(0) if gradient is None else gradient
-
-    return kept(grad_x), kept(grad_source), kept(grad_kernel), kept(grad_mask)
+        needs = x is not None, into.source is not None, weight is not None
+        grad_x, grad_source, grad_kernel, grad_mask = method.gradients(by_pixels(grad).contiguous(), *needs)
+    if x is not None and grad_x is not None:
+        by_pixels(x).copy_(grad_x[:, : x.shape[2], : x.shape[3]])
+    if weight is not None and grad_kernel is not None:
+        weight.copy_(grad_kernel.permute(1, 2, 0).reshape(weight.shape))
+    for to, gradient in ((into.source, grad_source), (into.mask, grad_mask)):
+        if to is not None and gradient is not None:
+            by_pixels(to).copy_(gradient)
 
 
-_conv2d = define("triton_conv2d", forward, gradients)
-
-
-def triton_conv2d(
-    x: Tensor,
-    samples: Union[Tensor, Samples],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-) -> Tensor:
-    """`ball_conv2d_reference`, fast on GPUs.
-
-    float64 is for numerical differentiation and left to the reference, and so are deterministic algorithms.
-    """
-    source = samples if isinstance(samples, Tensor) else samples.fields
-    exact = torch.float64 in (x.dtype, source.dtype) or torch.are_deterministic_algorithms_enabled()
-    function = ball_conv2d_reference if exact else _conv2d
-    return function(x, samples, weight, bias, mask, stride, padding, dilation, groups)
+# `ball_conv2d_reference`, fast on GPUs
+triton_conv2d = define("triton_conv2d", forward, gradients)

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from rich.progress import track
 
-from ..ops.custom_op import Arguments
+from ..ops.custom_op import Arguments, Gradients, empty_gradients, empty_output
 from ..ops.triton_common import INTERPRETED, Launcher, triton
 from ..ops.triton_fused import forward, gradients
 from .config import ConfigError
@@ -65,19 +65,19 @@ class Variant:
     """A call of the operator.
 
     Attributes:
-        metric: The samples come as metrics, not positions.
+        affine: The samples come as affine maps, not positions.
         mask: They are modulated.
         groups: The kernel has four groups and there are eight balls.
         depthwise: Every channel is a group.
     """
 
-    metric: bool = False
+    affine: bool = False
     mask: bool = False
     groups: bool = False
     depthwise: bool = False
 
     def __str__(self) -> str:
-        parts = "metric" if self.metric else "positions", "mask" * self.mask, "groups" * self.groups
+        parts = "affine" if self.affine else "positions", "mask" * self.mask, "groups" * self.groups
         return "+".join(filter(None, parts))
 
 
@@ -193,20 +193,21 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
 
     arguments = Arguments(
         empty(BATCH, CHANNELS, SIZE, SIZE, dtype=dtype),
-        empty(BATCH, balls * 5, SIZE, SIZE) if variant.metric else empty(BATCH, balls * K * K, 2, SIZE, SIZE),
+        empty(BATCH, balls * 6, SIZE, SIZE) if variant.affine else empty(BATCH, balls * K * K, 2, SIZE, SIZE),
         empty(CHANNELS, CHANNELS // groups, K, K, dtype=dtype),
         empty(BATCH, balls * K * K, SIZE, SIZE) if variant.mask else None,
         [1, 1],
         [1, 1],
         [1, 1],
         groups,
-        empty(K * K, 2) if variant.metric else None,
-        0.0,
+        empty(K * K, 2) if variant.affine else None,
     )
     compiler = Compiler(arch)
-    out = forward(arguments, empty(CHANNELS, dtype=dtype), compiler)
+    out = empty_output(*arguments[:3])
+    forward(arguments, empty(CHANNELS, dtype=dtype), out, compiler)
     if backward:
-        gradients(arguments, out, True, True, True, compiler)
+        into = Gradients(*empty_gradients(*arguments[:4], True, True, True))
+        gradients(arguments, out, into if variant.mask else into._replace(mask=None), compiler)
     described = {"dtype": str(dtype).removeprefix("torch."), "variant": str(variant)}
     prefix = "depthwise_" if variant.depthwise else ""
     return [{**record, "kernel": prefix + record["kernel"], **described} for record in compiler.records]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_positions, image_metric
+from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_positions, image_metric, ray_positions
 from ..geometry.parametrizations import EPS_L
 from ..layers.ball_conv import _choice
 from ..layers.metric import check_ball, init_predictor
@@ -40,7 +40,7 @@ def metric_slices(
     Args:
         points: Of the pattern, `[R, D, 2]` in pixels.
         pixels: B·H·W.
-        eps: See `ops.Samples`.
+        eps: See `geometry.ray_positions`.
         geodesic: Steps of a geodesic, 0 for the tangent ball. A geodesic is followed once, so all radii of a direction
             are in the same slice.
         samples: Bound on taps × pixels × images of a slice.
@@ -50,9 +50,11 @@ def metric_slices(
     index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
 
     def part(rings: slice, rays: slice) -> Slice:
-        def ball(fields: Tensor) -> Union[Tensor, Samples]:
+        def ball(fields: Tensor) -> Tensor:
             here = points[rings, rays].to(fields)
-            return geodesic_positions(fields, here, geodesic) if geodesic else Samples(fields, here, eps)
+            if geodesic:
+                return geodesic_positions(fields, here, geodesic)
+            return ray_positions(Metric(*fields[:, :, :, :, None].unbind(1)), here, eps)
 
         return index[rings, rays].flatten(), ball
 
