@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
-from .ops import BACKENDS
+from .ops import BACKENDS, why_not_on
 
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numba", "safetensors", "huggingface_hub", "accelerate")
 
@@ -29,8 +29,8 @@ def main() -> None:
     print("devices: " + ", ".join(names))
     for device in devices:
         print(f"backends on {device}, the first that can run is the default:")
-        for name, backend in BACKENDS.items():
-            reason = backend.why_not(device, 4)
+        for name in BACKENDS:
+            reason = why_not_on(device, name)
             print(f"  {name:<16} {'runs' if reason is None else f'cannot run: {reason}'}")
 
 

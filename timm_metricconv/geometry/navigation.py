@@ -72,7 +72,7 @@ def navigation(metric: Metric, least: float = LEAST_MARGIN) -> Navigation:
 
 
 def randers_of(navigated: Navigation) -> Metric:
-    """The Randers metric in whitened form whose unit ball is {B(d + w) : ‖d‖ ≤ 1}: M = h/λ + (hW)(hW)ᵀ/λ², ω = −hW/λ."""
+    """The metric in whitened form whose unit ball is {B(d + w) : ‖d‖ ≤ 1}: M = h/λ + (hW)(hW)ᵀ/λ², ω = −hW/λ."""
     xx, xy, yx, yy, x, y = navigated
     inverse, margin = 1 / (xx * yy - xy * yx), 1 - x * x - y * y
     # the rows of B⁻ᵀ, hW = B⁻ᵀw, and h = B⁻ᵀB⁻¹

@@ -246,7 +246,7 @@ class BallConv2d(nn.Module):
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
     def samples(self, raw: Tensor) -> Union[Tensor, Samples]:
-        """Raw channels → where the op reads: positions `[B, G·K, 2, H_out, W_out]`, or the affine maps that give them."""
+        """Raw channels → positions `[B, G·K, 2, H_out, W_out]`, or the affine maps that give them."""
         raise NotImplementedError
 
     def density(self, raw: Tensor) -> Optional[Tensor]:

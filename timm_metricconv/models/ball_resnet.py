@@ -20,6 +20,7 @@ PAPER: Dict[str, Any] = {
     "conv_cfg": {
         "parametrization": "spectral_scale",
         "drift": "sigmoid_norm_detach",
+        "sampling": "rays",
         "pattern": "onion",
         "eps_omega": 0.5,
         "scale": (0.1, 1.5),

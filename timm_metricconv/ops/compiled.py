@@ -15,7 +15,7 @@ import math
 import operator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
@@ -346,7 +346,8 @@ def _fill_plan(plan, n, a, first, last, group, for_gradients):
 
     centre_x, centre_y = load(plan.centres, 0), load(plan.centres, LANES)
     xx, xy, shift_x = load(plan.fields, 0), load(plan.fields, LANES), load(plan.fields, 4 * LANES) + centre_x
-    yx, yy, shift_y = load(plan.fields, 2 * LANES), load(plan.fields, 3 * LANES), load(plan.fields, 5 * LANES) + centre_y
+    yx, yy = load(plan.fields, 2 * LANES), load(plan.fields, 3 * LANES)
+    shift_y = load(plan.fields, 5 * LANES) + centre_y
     offsets = np.empty(2 * LANES, np.float32)
     for tap in range(n.taps):
         if n.affine:
@@ -548,7 +549,7 @@ _NUMBERS = _HEADER + _SIZES + 2 * len(_Arrays._fields)
 
 
 @_inlined
-def _array(call, number):
+def _array_of(call, number):
     at = _HEADER + _SIZES + 2 * number
     return numba.carray(pointer(call[at]), (call[at + 1],), np.float32)
 
@@ -559,17 +560,17 @@ def _opened(data):
     call = numba.carray(data, (_NUMBERS,), np.int64)
     sizes = _Sizes(*to_fixed_tuple(call[_HEADER : _HEADER + _SIZES], _SIZES))
     arrays = _Arrays(
-        _array(call, 0),
-        _array(call, 1),
-        _array(call, 2),
-        _array(call, 3),
-        _array(call, 4),
-        _array(call, 5),
-        _array(call, 6),
-        _array(call, 7),
-        _array(call, 8),
-        _array(call, 9),
-        _array(call, 10),
+        _array_of(call, 0),
+        _array_of(call, 1),
+        _array_of(call, 2),
+        _array_of(call, 3),
+        _array_of(call, 4),
+        _array_of(call, 5),
+        _array_of(call, 6),
+        _array_of(call, 7),
+        _array_of(call, 8),
+        _array_of(call, 9),
+        _array_of(call, 10),
     )
     return call, sizes, arrays
 
@@ -605,7 +606,7 @@ def _run_backward(data):
 
 
 @functools.cache
-def _machine_code(function: Callable) -> Callable:
+def _machine_code(function: Callable) -> Any:
     """Compiles at the first call, and keeps the machine code on disk where there is a place for it."""
     signature = numba.types.void(numba.types.voidptr)
     try:
@@ -751,9 +752,8 @@ def _forward_by_columns(
     slab = torch.empty(pieces[0].stop, groups * sizes.taps, sizes.channels // groups)
     for piece in pieces:
         columns = slab[: piece.stop - piece.start]
-        _work(
-            _run_columns, len(columns), step, sizes._replace(pixel_0=piece.start), arrays._replace(values=_flat(columns))
-        )
+        here = sizes._replace(pixel_0=piece.start), arrays._replace(values=_flat(columns))
+        _work(_run_columns, len(columns), step, *here)
         columns = columns[..., : x.shape[1] // groups].to(x.dtype).flatten(1)
         out[piece] = gather._product(columns, kernel, bias)
 
@@ -763,7 +763,7 @@ def _forward_by_columns(
 
 def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     groups, depthwise, (sizes, arrays) = arguments.metric_groups, _is_depthwise(arguments), _inputs(arguments)
-    grad, batch, wanted = by_pixels(grad.detach()), len(grad), into.x is not None or into.source is not None
+    grad, batch = by_pixels(grad.detach()), len(grad)
     # where there are fewer images than threads, these share out the channels
     threads, registers = torch.get_num_threads(), sizes.channels // groups // LANES
     together = max(gather._slab_pixels(arguments) // sizes.out_pixels, -(-threads // (groups * registers)), 1)
@@ -787,7 +787,8 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
         _work(_run_backward, blocks * batch * groups, 1, sizes, arrays)
         grad_weight = _out_of_registers(grad_taps.sum(0), groups, grad.shape[-1]).t() if need_taps else None
     else:
-        grad_weight = _backward_by_columns(arguments, grad.flatten(1, 2), wanted, into.weight is not None, sizes, arrays)
+        wanted = into.x is not None or into.source is not None, into.weight is not None
+        grad_weight = _backward_by_columns(arguments, grad.flatten(1, 2), *wanted, sizes, arrays)
 
     if into.x is not None:
         grad_x = _out_of_registers(grad_x.view(batch, sizes.height, sizes.width, -1), groups, into.x.shape[1])

@@ -3,8 +3,8 @@
 The samples come from a `source`: positions `[B, G·K, 2, H_out, W_out]`, or, with the pattern's `points` `[K, 2]`, the
 fields `[B, G·6, H_out, W_out]` of `Samples`.
 
-Where a graph of the backward pass is asked for (`create_graph=True`, all of `torch.func`) the gradients are those of the
-reference, which has derivatives of any order; the kernels have the first ones.
+Where a graph of the backward pass is asked for (`create_graph=True`, all of `torch.func`) the gradients are those of
+the reference, which has derivatives of any order; the kernels have the first ones.
 """
 
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
@@ -99,11 +99,11 @@ def empty_gradients(
 
 def _of_the_reference(arguments: Arguments, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """Gradients of x, source, weight and mask by differentiable operators."""
-    x, source, weight, mask, *geometry, points = arguments
+    x, source, weight, mask, stride, padding, dilation, groups, points = arguments
 
     def function(x: Tensor, source: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         samples = source if points is None else Samples(source, points)
-        return ball_conv2d_reference(x, samples, weight, None, mask, *geometry)
+        return ball_conv2d_reference(x, samples, weight, None, mask, stride, padding, dilation, groups)
 
     given = (x, source, weight) if mask is None else (x, source, weight, mask)
     gradients = torch.func.vjp(function, *given)[1](grad)

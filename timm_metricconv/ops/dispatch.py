@@ -72,6 +72,12 @@ BACKENDS: Dict[str, Backend] = {
 }
 
 
+def why_not_on(device: str, backend: str) -> Optional[str]:
+    """Why a backend cannot compute a plain float32 layer on a device, or None where it can."""
+    x, weight = torch.empty(1, 1, 3, 3, device=device), torch.empty(1, 1, 3, 3, device=device)
+    return BACKENDS[backend].why_not(x, torch.empty(1, 6, 3, 3, device=device), weight, 1)
+
+
 def choose(x: Tensor, source: Tensor, weight: Tensor, groups: int, backend: Optional[str] = None) -> str:
     """The backend that computes a call: the one named, or the first that can.
 
@@ -130,8 +136,8 @@ def _check(
         raise ValueError(f"{name}: expected {axes} = {expected} (G = {metric_groups}), got {tuple(source.shape)}.")
     if x.shape[1] % metric_groups or (groups % metric_groups and metric_groups % groups):
         raise ValueError(
-            f"{name}: metric_groups={metric_groups} must divide the {x.shape[1]} channels, and one of metric_groups and "
-            f"groups={groups} must divide the other."
+            f"{name}: metric_groups={metric_groups} must divide the {x.shape[1]} channels, and one of metric_groups "
+            f"and groups={groups} must divide the other."
         )
     if not source.is_floating_point() or source.element_size() < 4:
         raise TypeError(f"{name}: expected float32 or float64, got {source.dtype}, which cannot hold a position.")
@@ -170,7 +176,8 @@ def ball_conv2d(
         x: Input `[B, C_in, H, W]`.
         samples: Positions y_j, `[B, G·K, 2, H_out, W_out]` as (x, y) in pixels of the input, from the centre of the
             kernel's receptive field, in float32 (float64 to differentiate numerically); or the `Samples` of a pattern
-            under a field of affine maps. The input's channels fall into G equal runs (metric groups), each with samples of its own.
+            under a field of affine maps. The input's channels fall into G equal runs (metric groups), each with samples
+            of its own.
         weight: Kernel `[C_out, C_in/groups, k, k]` whose k² = K taps are the samples in row-major order; or K free
             taps `[C_out, C_in/groups, K]`, centred on the pixel as a 1×1 kernel is.
         bias: `[C_out]`.

@@ -95,7 +95,7 @@ def _lattice(arguments: Arguments) -> _Lattice:
     top, left = first_centre(weight, padding, dilation)
     rows = torch.arange(out_height, dtype=source.dtype).mul_(stride[0]).add_(top)
     columns = torch.arange(out_width, dtype=source.dtype).mul_(stride[1]).add_(left)
-    first = torch.arange(batch, dtype=torch.int32).mul_(height * width * metric_groups)[:, None].expand(batch, out_height)
+    first = torch.arange(batch, dtype=torch.int32).mul_(height * width * metric_groups)
     return _Lattice(
         # detached, or embedding_bag prepares for a backward
         x.detach().permute(0, 2, 3, 1).reshape(-1, channels // metric_groups),
@@ -104,7 +104,7 @@ def _lattice(arguments: Arguments) -> _Lattice:
         _source(arguments),
         rows.repeat(batch)[:, None, None],
         columns[:, None],
-        first.reshape(-1, 1),
+        first.repeat_interleave(out_height)[:, None],
     )
 
 
@@ -149,8 +149,9 @@ def _plan(lattice: _Lattice, lines: slice, mask: Optional[Tensor]) -> _Plan:
     first = lattice.first[lines]
     base = column.add_(row, alpha=width)
     if lattice.metric_groups > 1:
-        group = torch.arange(lattice.metric_groups, dtype=base.dtype)[:, None]
-        base = base.mul_(lattice.metric_groups).view(-1, lattice.metric_groups, x_offsets.shape[-1] // lattice.metric_groups).add_(group)
+        groups = torch.arange(lattice.metric_groups, dtype=base.dtype)
+        groups = groups.repeat_interleave(x_offsets.shape[-1] // lattice.metric_groups)
+        base = base.mul_(lattice.metric_groups).view(-1, len(groups)).add_(groups)
     base = base.view(len(first), -1).add_(first).view(-1)
     # strided stores: a trailing dimension of 2 or 4 would cost a loop call for each sample
     shares = x.distance.new_empty(len(base), 4)

@@ -57,12 +57,12 @@ def ball_conv2d_reference(
     fraction = points - corner
     # a row of the table is one pixel of one metric group
     metric_groups = points.shape[3] // taps
-    share = channels // metric_groups
-    table = x.permute(0, 2, 3, 1).reshape(batch * height * width * metric_groups, share).to(points.dtype)
+    each = channels // metric_groups
+    table = x.permute(0, 2, 3, 1).reshape(batch * height * width * metric_groups, each).to(points.dtype)
     image = (torch.arange(batch, device=x.device) * (height * width)).view(batch, 1, 1, 1)
     group = torch.arange(metric_groups, device=x.device).repeat_interleave(taps)
 
-    columns = torch.zeros(points.shape[:4] + (share,), dtype=points.dtype, device=x.device)
+    columns = torch.zeros(points.shape[:4] + (each,), dtype=points.dtype, device=x.device)
     for down in range(2):
         for right in range(2):
             column, row = corner[..., 0] + right, corner[..., 1] + down
@@ -79,7 +79,7 @@ def ball_conv2d_reference(
 
     # torch's older ONNX exporter fixes all sizes at an `unflatten`
     size = points.shape[1:3]
-    columns = columns.reshape(batch, size[0], size[1], metric_groups, taps, share).transpose(3, 4)
+    columns = columns.reshape(batch, size[0], size[1], metric_groups, taps, each).transpose(3, 4)
     columns = columns.reshape(batch, size[0], size[1], taps, groups, channels // groups)
     kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
     out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Where a convolution reads: positions, or the affine maps that they follow from. A backend that fuses never makes them."""
+"""Where a convolution reads: positions, or affine maps of a pattern, of which a fused backend never makes positions."""
 
 from typing import NamedTuple, Union
 

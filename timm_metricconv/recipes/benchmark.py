@@ -22,7 +22,7 @@ from torchvision.ops import deform_conv2d
 
 from ..layers import LAYERS, BallConv2d
 from ..models.ball_resnet import FAMILIES
-from ..ops import BACKENDS
+from ..ops import BACKENDS, why_not_on
 from .compile_report import compile_report
 from .config import ConfigError, Settings, option
 from .network import count_activations, count_macs, create_model, randomise_predictors
@@ -101,11 +101,11 @@ def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
     if unknown:
         raise ConfigError(f"backends: expected some of {', '.join(BACKENDS)}; got {unknown}.")
     for name in config.backends:
-        reason = BACKENDS[name].why_not(config.device, 4)
+        reason = why_not_on(config.device, name)
         if reason:
             raise ConfigError(f"backends: {name!r} cannot run on device={config.device!r}: {reason}.")
     names = config.backends or [name for name in BACKENDS if reference or name != "reference"]
-    return [name for name in names if BACKENDS[name].why_not(config.device, 4) is None]
+    return [name for name in names if why_not_on(config.device, name) is None]
 
 
 def _layer_peers(config: BenchmarkConfig, conv: nn.Conv2d, conv_cfg: Dict[str, Any], backends: List[str]) -> Peers:

@@ -5,7 +5,7 @@ backward pass places them again, so that memory depends on the image and not on 
 by a formula (`ImageMetricFilter2d`), be a free parameter at every pixel (`size=`), or be predicted by a convolution.
 """
 
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_posi
 from ..geometry.parametrizations import EPS_L
 from ..layers.ball_conv import _choice
 from ..layers.metric import check_ball, init_predictor
-from ..ops import Samples, place
+from ..ops import place
 from .sliced import Slice, sliced_conv2d
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
@@ -157,7 +157,9 @@ class MetricFilter2d(_Filter):
         steps: int = 1,
         fixed_kernel: bool = True,
     ):
-        row = PARAMETRIZATIONS[_choice("parametrization", parametrization, list(PARAMETRIZATIONS))]
+        # on rays there is no frame that could turn a pattern
+        metrics = [name for name in PARAMETRIZATIONS if name != "frame"]
+        row = PARAMETRIZATIONS[_choice("parametrization", parametrization, metrics)]
         self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
         if not 0 < eps_omega <= 1:
             raise ValueError(f"eps_omega={eps_omega!r}: expected a number above 0 and up to 1.")

@@ -1,30 +1,24 @@
 """A depthwise `ball_conv2d` of very many taps: a slice of the kernel at a time, so that memory does not grow with k."""
 
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import BACKENDS, Samples, ball_conv2d
-
-FEW_CHANNELS = 16
+from ..ops import Samples, ball_conv2d
 
 # The indices of n taps, and a function of the geometry's tensors that returns their samples.
 Slice = Tuple[Tensor, Callable[..., Union[Tensor, Samples]]]
 
 
-def _backend(x: Tensor, samples: Union[Tensor, Samples]) -> Optional[str]:
-    # Of few channels, reading planes beats a channels-last gather; `compiled`, straight from a metric, beats both.
-    compiled = isinstance(samples, Samples) and BACKENDS["compiled"].why_not(x.device.type, 3) is None
-    return None if compiled or x.shape[1] > FEW_CHANNELS else "grid_sample"
-
-
 def _term(part: Slice, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
     taps, ball = part
     samples = ball(*tensors)
+    # of few channels, reading planes beats a channels-last gather
+    backend = "grid_sample" if x.shape[1] <= 16 else None
     with torch.autocast(x.device.type, enabled=False):
-        return ball_conv2d(x, samples, weight[:, :, taps], groups=x.shape[1], backend=_backend(x, samples))
+        return ball_conv2d(x, samples, weight[:, :, taps], groups=x.shape[1], backend=backend)
 
 
 class _SumOfSlices(torch.autograd.Function):
