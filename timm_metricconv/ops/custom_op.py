@@ -3,8 +3,8 @@
 The samples come from a `source`: positions `[B, G·K, 2, H_out, W_out]`, or, with the pattern's `points` `[K, 2]`, the
 fields `[B, G·6, H_out, W_out]` of `Samples`.
 
-Where a graph of the backward pass is asked for (`create_graph=True`, all of `torch.func`) the gradients are those of
-the reference, which has derivatives of any order; the kernels have the first ones.
+Where a graph of the backward pass is asked for (`create_graph=True`) the gradients are those of the reference, which
+has derivatives of any order; the kernels have the first ones. Where `torch.func` differentiates, the reference computes.
 """
 
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
@@ -12,6 +12,8 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from .flops import register_flops
 from .reference import ball_conv2d_reference
@@ -108,6 +110,13 @@ def _of_the_reference(arguments: Arguments, grad: Tensor) -> Tuple[Optional[Tens
     given = (x, source, weight) if mask is None else (x, source, weight, mask)
     gradients = torch.func.vjp(function, *given)[1](grad)
     return (*gradients, None) if mask is None else gradients
+
+
+def _differentiates() -> bool:
+    """Whether a transform of `torch.func` takes derivatives here; its operators cannot be ours, `torch.vmap`'s can."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() != TransformType.Vmap for i in retrieve_all_functorch_interpreters())
 
 
 def _one_by_one(operator: Callable) -> Callable:
@@ -243,6 +252,8 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         groups: int,
     ) -> Tensor:
         arguments = weight, bias, mask, stride, padding, dilation, groups
+        if _differentiates():
+            return ball_conv2d_reference(x, samples, *arguments)
         if isinstance(samples, Tensor):
             return operator(x, samples, *arguments)
         return operator(x, samples.fields, *arguments, samples.points.to(samples.fields.dtype))

@@ -1,12 +1,46 @@
 """torchvision's `deform_conv2d` as a backend: the only place that knows its interleaved (dy, dx) offsets."""
 
-from typing import List, Optional, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
+import torchvision.ops  # noqa: F401 (registers the operators)
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
+from .custom_op import Arguments, Gradients, define
 from .samples import Samples, place
+
+
+def _arguments(arguments: Arguments, bias: Optional[Tensor]) -> Tuple[Any, ...]:
+    """Those of torchvision's operator, which asks for one dtype: everything is cast to the positions'."""
+    x, positions, weight, mask, stride, padding, dilation, _, _ = arguments
+    dtype, (rows, columns) = positions.dtype, weight.shape[2:]
+    y = dilation[0] * (torch.arange(rows, device=x.device, dtype=dtype) - (rows - 1) / 2)
+    x_ = dilation[1] * (torch.arange(columns, device=x.device, dtype=dtype) - (columns - 1) / 2)
+    lattice = torch.stack((y[:, None].expand(rows, columns), x_.expand(rows, columns)), -1).view(1, -1, 2, 1, 1)
+    offset = positions.flip(2).unflatten(1, (-1, rows * columns)) - lattice
+    # torchvision makes a wild index of NaN, and crashes; such samples read zero
+    offset = offset.flatten(1, 3).nan_to_num(nan=-1e9, posinf=1e9, neginf=-1e9)
+    groups, metric_groups = arguments.groups, arguments.metric_groups
+    geometry = (*stride, *padding, *dilation, groups, metric_groups, mask is not None)
+    mask = offset.new_zeros(len(x), 1) if mask is None else mask.to(dtype)
+    bias = offset.new_zeros(len(weight)) if bias is None else bias.to(dtype)
+    return x.to(dtype), weight.to(dtype), offset, mask, bias, *geometry
+
+
+def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
+    out.copy_(torch.ops.torchvision.deform_conv2d(*_arguments(arguments, bias)))
+
+
+def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
+    inputs = _arguments(arguments, None)
+    x, weight, offset, mask, _ = torch.ops.torchvision._deform_conv2d_backward(grad.to(inputs[0].dtype), *inputs)
+    positions = offset.unflatten(1, (-1, arguments.taps, 2)).flatten(1, 2).flip(2)
+    for to, gradient in zip(into, (x, positions, weight, mask), strict=True):
+        if to is not None:
+            to.copy_(gradient)
+
+
+_conv2d = define("torchvision_conv2d", _forward, _gradients)
 
 
 def ball_conv2d_torchvision(
@@ -20,26 +54,8 @@ def ball_conv2d_torchvision(
     dilation: List[int],
     groups: int,
 ) -> Tensor:
-    """`ball_conv2d_reference` through torchvision, which asks for one dtype: everything is cast to the positions'.
+    """`ball_conv2d_reference` through torchvision, whose offset groups are our metric groups.
 
-    It knows no groups beside the shapes (metric groups are its offset groups), and no free taps: `weight` is
-    `[C_out, C_in/groups, k, k]`.
+    It knows no free taps: `weight` is `[C_out, C_in/groups, k, k]`.
     """
-    positions = place(samples)
-    dtype, (rows, columns) = positions.dtype, weight.shape[2:]
-    y = dilation[0] * (torch.arange(rows, device=x.device, dtype=dtype) - (rows - 1) / 2)
-    x_ = dilation[1] * (torch.arange(columns, device=x.device, dtype=dtype) - (columns - 1) / 2)
-    lattice = torch.stack((y[:, None].expand(rows, columns), x_.expand(rows, columns)), -1).view(1, -1, 2, 1, 1)
-    offset = positions.flip(2).unflatten(1, (-1, rows * columns)) - lattice
-    # torchvision makes a wild index of NaN, and crashes; such samples read zero
-    offset = offset.flatten(1, 3).nan_to_num(nan=-1e9, posinf=1e9, neginf=-1e9)
-    return deform_conv2d(
-        x.to(dtype),
-        offset,
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        dilation=(dilation[0], dilation[1]),
-        mask=None if mask is None else mask.to(dtype),
-    ).to(x.dtype)
+    return _conv2d(x, place(samples), weight, bias, mask, stride, padding, dilation, groups)
