@@ -4,7 +4,8 @@ The samples come from a `source`: positions `[B, G·K, 2, H_out, W_out]`, or, wi
 fields `[B, G·6, H_out, W_out]` of `Samples`.
 
 Where a graph of the backward pass is asked for (`create_graph=True`) the gradients are those of the reference, which
-has derivatives of any order; the kernels have the first ones. Where `torch.func` differentiates, the reference computes.
+has derivatives of any order; the kernels have the first ones. Where `torch.func` differentiates, the reference
+computes.
 """
 
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
