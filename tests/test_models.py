@@ -21,7 +21,7 @@ from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from timm_metricconv import LAYERS, PAPER, BallConv2d, DeformConv2d, MetricConv2d
+from timm_metricconv import LAYERS, PAPER, BallConv2d, DeformConv2d, MetricConv2d, convert
 from timm_metricconv.models import BallConvNeXt, BallResNet, ball_convnext, checkpoint_filter_fn
 from timm_metricconv.models.ball_convnext import metric_groups
 from timm_metricconv.models.registry import layer_arguments
@@ -269,6 +269,17 @@ def test_features(name, arguments, reductions):
         torch.testing.assert_close(final, whole.forward_features(x))
         (last,) = whole.forward_intermediates(x, indices=[2], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(last, features[2])
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx", "getter"])
+@pytest.mark.parametrize("size", ["test_resnet", "test_convnext"])
+def test_feature_cfg(size, feature_cls):
+    arguments = {"features_only": True, "feature_cfg": {"feature_cls": feature_cls, "out_indices": (1, 3)}}
+    x = torch.randn(1, 3, 64, 64)
+    ours = create(f"{size}_metric", **arguments).eval()(x)
+    theirs = timm.create_model(size, features_only=True, feature_cls=feature_cls, out_indices=(1, 3)).eval()(x)
+    shapes = [[f.shape for f in (fs.values() if isinstance(fs, dict) else fs)] for fs in (ours, theirs)]
+    assert shapes[0] == shapes[1]
 
 
 @small
@@ -566,6 +577,36 @@ def test_misfit_is_refused_by_name(size, change, message, tmp_path):
         checkpoint_filter_fn(dict(state_dict), model)
     with pytest.raises(RuntimeError, match=message):
         pretrained(f"{size}_metric", str(tmp_path / "misfit.safetensors"))
+
+
+@backbones
+def test_a_standard_checkpoint_loads_by_path(size, checkpoint, tmp_path):
+    """timm has no filter there: what a whole checkpoint lacks of ours is kept, and a broken one is refused."""
+    (standard, file), x = checkpoint(size), torch.randn(1, 3, 64, 64)
+    model = timm.create_model(f"{size}_metric", checkpoint_path=file).eval()
+    torch.testing.assert_close(model(x), standard(x), rtol=1e-4, atol=1e-4)
+    layer = next(name for name, module in model.named_modules() if isinstance(module, BallConv2d))
+    predictor = next(key for key in model.state_dict() if key.startswith(f"{layer}.predictor"))
+    for key in (predictor, f"{layer}.weight"):
+        state = model.state_dict()
+        del state[key]
+        save_file(state, tmp_path / "broken.safetensors")
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+            timm.create_model(f"{size}_metric", checkpoint_path=str(tmp_path / "broken.safetensors"))
+
+
+def test_a_standard_checkpoint_loads_into_a_converted_network(checkpoint):
+    (standard, _), x = checkpoint("test_resnet"), torch.randn(1, 3, 64, 64)
+    model = copy.deepcopy(nn.ModuleDict({"body": timm.create_model("test_resnet")}))
+    convert(model["body"].layer2, "active")
+    model.load_state_dict({f"body.{key}": value for key, value in standard.state_dict().items()})
+    torch.testing.assert_close(model["body"].eval()(x), standard(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_is_named():
+    state = {f"model.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"Remove 'model\.' from its keys"):
+        checkpoint_filter_fn(state, create("test_resnet_metric"))
 
 
 def test_a_checkpoint_of_older_torch_has_no_counters(tmp_path):

@@ -29,6 +29,29 @@ def _list(keys: List[str]) -> str:
     return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 
+def supply_predictors(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = "", *_) -> None:
+    """Adds the model's own predictors to a state dict that has none at all, as a standard network's.
+
+    As a pre-hook of `load_state_dict` it lets whatever loads a file load such a checkpoint. One that has some of the
+    predictors, or lacks anything else, is left as it is, and torch names the keys.
+    """
+    own = {
+        key: value
+        for name, layer in model.named_modules(prefix=prefix.rstrip("."))
+        if isinstance(layer, BallConv2d) and f"{name}.weight" in state_dict
+        for key, value in layer.state_dict(prefix=f"{name}.").items()
+        if key.removeprefix(f"{name}.").startswith(("predictor.", "offset")) and not value.is_meta
+    }
+    if not any(key in state_dict for key in own):
+        state_dict.update(own)
+
+
+def _prefix(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> str:
+    """What stands before every name where a checkpoint is that of a module around the network."""
+    first = next(iter(own))
+    return next((key.removesuffix(first) for key in state_dict if key.endswith(f".{first}")), "")
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Fits a checkpoint to a converted network.
 
@@ -48,15 +71,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     """
     state_dict = {_renamed(key): value for key, value in state_dict.items()}
     own = model.state_dict()
-    added = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, BallConv2d)
-        for key in module.state_dict()
-        if key.startswith("predictor.") or key == "offset"
-    ]
-    if not any(key in state_dict for key in added):
-        state_dict.update({key: own[key] for key in added})
+    supply_predictors(model, state_dict)
 
     cfg: Dict[str, str] = model.pretrained_cfg  # type: ignore[assignment]
     first_conv, classifier = cfg["first_conv"], cfg["classifier"]
@@ -81,10 +96,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     ]
     if missing or unknown or shapes:
         problems = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        hint = "Create the model with the arguments it was saved with (conv_cfg, stages, stem, layout)."
+        if prefix := _prefix(state_dict, own):
+            hint = f"Remove {prefix!r} from its keys: it is of a module (Lightning's, for one) that holds the network."
         raise RuntimeError(
             f"The checkpoint does not fit {type(model).__name__}: "
             + "; ".join(f"{what}: {_list(keys)}" for what, keys in problems if keys)
-            + ". Create the model with the arguments it was saved with (conv_cfg, stages, stem, layout)."
+            + f". {hint}"
         )
     return state_dict
 

@@ -6,6 +6,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Union
 from torch import nn
 
 from ..layers import LAYERS, BallConv2d
+from .checkpoints import supply_predictors
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2d], bool]]
 
@@ -36,8 +37,9 @@ def convert(model: nn.Module, conv: str = "metric", where: Optional[Where] = Non
     """Replaces convolutions of `model` in place.
 
     With `init="identity"` (the default) the new layers own the very parameters of the old ones, so the network computes
-    what it computed before. Standard convolutions inside a predictor, 1×1 kernels, kernels that are not square,
-    subclasses of `nn.Conv2d` and padding other than zeros are left alone.
+    what it computed before, and a checkpoint of the standard network still loads. Standard convolutions inside a
+    predictor, 1×1 kernels, kernels that are not square, subclasses of `nn.Conv2d` and padding other than zeros are left
+    alone.
 
     Args:
         model: Any module that contains `nn.Conv2d`.
@@ -73,4 +75,5 @@ def convert(model: nn.Module, conv: str = "metric", where: Optional[Where] = Non
     new = {module: LAYERS[conv].from_conv(module, **conv_cfg) for module in dict.fromkeys(chosen.values())}
     for name, module in chosen.items():
         model.set_submodule(name, new[module])
+    model.register_load_state_dict_pre_hook(supply_predictors)
     return {name: new[module] for name, module in chosen.items()}

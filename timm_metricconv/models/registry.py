@@ -101,7 +101,8 @@ def register(
         def make(pretrained: bool = False, **kwargs) -> nn.Module:
             kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
             # a copy, because timm removes what it has read
-            return create(network, name, pretrained, feature_cfg=dict(feature_cfg or {}), **{**defaults, **kwargs})
+            kwargs["feature_cfg"] = {**(feature_cfg or {}), **kwargs.get("feature_cfg", {})}
+            return create(network, name, pretrained, **{**defaults, **kwargs})
 
         # by these two timm knows a model and its module
         make.__name__, make.__module__, make.__qualname__ = name, module, name
