@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 pytest.importorskip("gradio", reason="needs the extra [app]")
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.visualise import load_image

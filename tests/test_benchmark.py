@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
+
 from timm_metricconv.ops import BACKENDS, why_not_on
 from timm_metricconv.recipes import benchmark as module
 from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark, write_ratios_csv, write_timm_csv

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from safetensors.torch import load_file, save_file
 

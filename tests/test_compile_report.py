@@ -6,6 +6,8 @@ import pytest
 import torch
 from packaging.version import Version
 
+pytest.importorskip("rich", reason="needs the extra [recipes]")
+
 from timm_metricconv.recipes import compile_report as module
 from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark
 from timm_metricconv.recipes.compile_report import Variant, compile_kernels, programs_per_processor

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Literal, Optional
 
 import pytest
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from pydantic.dataclasses import dataclass
 

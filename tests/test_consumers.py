@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("pydantic", reason="needs the extra [recipes]")
+
 from timm_metricconv import BallConv2d, DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.hub import HubConfig, push
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
+
 from timm_metricconv.geometry import image_metric
 from timm_metricconv.layers import DeformConv2d, MetricConv2d
 from timm_metricconv.ops import ball_conv2d

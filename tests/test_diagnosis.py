@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 import timm_metricconv
 from timm_metricconv import DeformConv2d, MetricConv2d, ShiftedConv2d

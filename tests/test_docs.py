@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("pydantic", reason="needs the extra [recipes]")
+
 from timm_metricconv import DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.config import ConfigError, build, from_command_line
 
@@ -60,7 +62,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
 def script_config(name):
     """The configuration class of a script."""
     for package in ("accelerate", "rich"):
-        pytest.importorskip(package, reason="the scripts need the extra [demo]")
+        pytest.importorskip(package, reason="the scripts need the extra [recipes]")
     namespace = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
     return next(value for key, value in namespace.items() if key.endswith("Config"))
 
@@ -235,7 +237,7 @@ def test_navigation_has_every_page():
 
 
 def test_api_page_names_what_there_is():
-    pytest.importorskip("accelerate", reason="the recipes need the extra [demo]")
+    pytest.importorskip("accelerate", reason="the recipes need the extra [recipes]")
     text = (ROOT / "docs" / "api.md").read_text()
     entries = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
     assert len(entries) > 30

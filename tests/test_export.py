@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+pytest.importorskip("pydantic", reason="needs the extra [recipes]")
+
 from timm_metricconv import LAYERS, BallConv2d, DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.export import _EXPORTERS, ExportConfig, _to_aoti, export

@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from loopback_hub import WRITER, LoopbackHub
 from torch import nn
 
+pytest.importorskip("pydantic", reason="needs the extra [recipes]")
+
 from timm_metricconv import LAYERS, MetricConv2d
 from timm_metricconv.recipes import hub as module
 from timm_metricconv.recipes.config import ConfigError

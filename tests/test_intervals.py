@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+pytest.importorskip("scipy", reason="needs the extra [recipes]")
+
 from timm_metricconv.recipes.intervals import Difference, mean_interval, paired_difference
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.recipes.compare import CompareConfig, compare
 from timm_metricconv.recipes.config import ConfigError

@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv import convert
 from timm_metricconv.recipes.config import ConfigError

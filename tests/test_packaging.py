@@ -75,6 +75,13 @@ def test_types_are_shipped():
     assert (Path(timm_metricconv.__file__).parent / "py.typed").exists()
 
 
+def test_wheel_has_every_folder_and_the_configurations():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "timm_metricconv").rglob("*.py")}
+    assert set(setup["packages"]) == {folder.replace("/", ".") for folder in folders} | {"timm_metricconv.configs"}
+    assert setup["package-data"]["timm_metricconv.configs"] == ["*.yaml"]
+
+
 def test_imports_go_one_way():
     """Whoever reads a file need not have read those that stand on it; what only the types need counts too."""
     package = ROOT / "timm_metricconv"
@@ -96,12 +103,12 @@ def test_core_imports_what_it_declares():
 
 
 def test_recipes_import_what_an_extra_declares():
-    extras = [name for name in PROJECT["optional-dependencies"] if name not in ("docs", "test", "dev")]
+    extras = [name for name in PROJECT["optional-dependencies"] if name not in ("docs", "test", "test-all", "dev")]
     assert imports(*sources(outer=True)) <= names(requirements()) | names(requirements(*extras))
 
 
 def test_export_needs_its_own_extra_alone():
-    """README installs no [demo] for it."""
+    """README installs no [recipes] for it."""
     recipes = ROOT / "timm_metricconv" / "recipes"
     files = [recipes / "export.py"]
     for file in files:
@@ -112,7 +119,7 @@ def test_export_needs_its_own_extra_alone():
 
 
 def test_tests_import_what_their_extra_declares():
-    """[dev] is [test] and what does not go with the lowest versions; tests of Ray are left out where it is not."""
+    """[dev] is [test-all] and what does not go with the lowest versions; tests of Ray are left out where it is not."""
     declared = names(requirements()) | names(requirements("dev", "cluster"))
     assert imports(*(ROOT / "tests").glob("*.py")) <= declared
 
@@ -132,6 +139,6 @@ def test_lowest_versions_are_those_that_ci_installs():
     pinned = {canonicalize_name(name): version for name, version in re.findall(r"^(\S+)==(\S+)", text, re.MULTILINE)}
     declared = {
         canonicalize_name(requirement.name): next(s.version for s in requirement.specifier if s.operator == ">=")
-        for requirement in [*requirements(), *requirements("test")]
+        for requirement in [*requirements(), *requirements("test-all")]
     }
     assert pinned == declared

@@ -223,7 +223,7 @@ def test_network_with_nan_stays_in_its_image():
 
 @pytest.fixture(scope="module")
 def recipes():
-    pytest.importorskip("accelerate", reason="needs the extra [demo]")
+    pytest.importorskip("accelerate", reason="needs the extra [recipes]")
     from timm_metricconv.recipes import config, network, train
 
     names = {"ConfigError": config.ConfigError, "RecipeError": config.RecipeError}

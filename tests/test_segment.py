@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [consumers]")
 
 import segmentation_models_pytorch as smp

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 import numpy as np
 from PIL import Image

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.visualise import VisualiseConfig, load_image, visualise

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+pytest.importorskip("matplotlib", reason="needs the extra [recipes]")
+
 from timm_metricconv import LAYERS, convert, viz
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)

@@ -50,7 +50,7 @@ def need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{package} is needed for pictures ({error}): pip install "timm_metricconv[demo]"') from error
+        raise ImportError(f'pictures need {package} ({error}): pip install "timm_metricconv[recipes]"') from error
 
 
 def _figure(width: float, height: float) -> Figure:

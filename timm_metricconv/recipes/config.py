@@ -12,6 +12,7 @@ from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 C = TypeVar("C")
+PACKAGE = Path(__file__).parents[1]
 
 
 class RecipeError(Exception):
@@ -106,6 +107,22 @@ def merge(base: Dict[str, Any], update: Dict[str, Any], path: str = "") -> Dict[
     return merged
 
 
+def config_file(name: str) -> Path:
+    """The file `name`, or else the configuration of this package that has that name.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    # inside the package where it was installed, beside it in a copy of the repository
+    ours = {path.stem: path for folder in (PACKAGE.parent, PACKAGE) for path in folder.glob("configs/*.yaml")}
+    if name not in ours:
+        near = difflib.get_close_matches(name, ours, n=1)
+        raise ConfigError(f"--config: there is no file {name!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
+    return ours[name]
+
+
 def read_yaml(path: Union[str, Path], derived: Sequence[Path] = ()) -> Dict[str, Any]:
     """A YAML file that holds a mapping; it may name another as `base: other.yaml` (beside it) and say what differs.
 
@@ -163,7 +180,7 @@ def _help(cls: type, description: str) -> str:
     lines = [
         description,
         "",
-        "usage: --config FILE.yaml [--debug] [--key value ...]; the file may hold these keys:",
+        "usage: --config FILE.yaml (or quickstart, ...) [--debug] [--key value ...]; the file may hold these keys:",
         "",
     ]
     for field in dataclasses.fields(cls):
@@ -188,7 +205,7 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
     path = overrides.pop("config", None)
     if isinstance(path, list):
         raise ConfigError(f"--config: expected one file; got {' and '.join(path)}.")
-    values = {} if path is None else read_yaml(path)
+    values = {} if path is None else read_yaml(config_file(path))
     if path is not None and any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
         values.setdefault("name", Path(path).stem)
     return build(cls, merge(values, overrides), where=str(path or "command line"))
