@@ -19,7 +19,7 @@ from torch import nn
 
 from timm_metricconv import viz
 from timm_metricconv.layers import BallConv2d
-from timm_metricconv.recipes.config import ConfigError, main, option
+from timm_metricconv.recipes.config import ConfigError, RecipeError, main, option
 from timm_metricconv.recipes.network import create_model
 from timm_metricconv.recipes.visualise import as_input, load_image, to_picture
 
@@ -123,7 +123,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         try:
             return function(*args)
-        except ValueError as error:
+        except (RecipeError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
 
     return run

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.recipes.config import ConfigError
-from timm_metricconv.recipes.visualise import VisualiseConfig, load_image, visualise
+from timm_metricconv.recipes.network import create_model
+from timm_metricconv.recipes.visualise import VisualiseConfig, as_input, load_image, visualise
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
 
@@ -51,9 +53,20 @@ def test_a_photograph_stands_upright_and_16_bits_are_refused(tmp_path):
         load_image(str(tmp_path / "scan.png"))
 
 
+def test_pictures_as_networks_take_them():
+    """A grey network gets the picture in grey; one of fixed input size gets that size."""
+    grey = as_input(create_model("test_resnet", {"in_chans": 1}), IMAGE)
+    expected = np.asarray(Image.fromarray(IMAGE).convert("L")) / 255
+    torch.testing.assert_close(grey[0, 0], torch.as_tensor((expected - 0.5) / 0.5, dtype=torch.float32))
+    fixed = create_model("test_vit", {})
+    assert as_input(fixed, IMAGE).shape[1:] == fixed.pretrained_cfg["input_size"]
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
+        ({"image": "thin.png"}, r"thin.png' is 50×2 pixels; expected a longer side of at most 8 times the shorter"),
+        ({"cam": {"a": "test_vit"}}, r"cam: a: Grad-CAM needs feature maps"),
         ({"image": "no_such_picture"}, "no file and no picture"),
         ({"metric": {"tau": 2.0}}, "tau"),
         ({"metric": {"tilt": 2.0}}, "tilt"),
@@ -63,6 +76,9 @@ def test_a_photograph_stands_upright_and_16_bits_are_refused(tmp_path):
         ({"model": "test_resnet_metric", "layers": ["layer1"]}, r"layer2\.0\.conv1"),
     ],
 )
-def test_the_recipe_refuses_what_it_cannot_do(tmp_path, wrong, message):
+def test_the_recipe_refuses_what_it_cannot_do(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 2)).save("thin.png")
     with pytest.raises(ConfigError, match=message):
-        visualise(VisualiseConfig(**{"output": str(tmp_path), "image": "camera", "size": 32, **wrong}))
+        visualise(VisualiseConfig(**{"output": str(tmp_path / "out"), "image": "camera", "size": 32, **wrong}))
+    assert not (tmp_path / "out").exists()

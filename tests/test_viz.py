@@ -135,6 +135,30 @@ def test_grad_cam_of_four_networks():
         viz.plot_grad_cam({"x": nn.Sequential(nn.Conv2d(3, 4, 3))}, {"x": inputs["metric"]}, IMAGE)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_mambaout"])
+def test_grad_cam_is_that_of_its_formula(name):
+    """Channels first and (as in Swin) last; over an image of another size than the network's."""
+    pytest.importorskip("pytorch_grad_cam")
+    model, x, kept = timm.create_model(name).eval(), torch.randn(1, 3, 160, 160), []
+    axes = viz.plot_grad_cam({name: model}, {name: x}, IMAGE, target=10).axes[1]
+    heat = axes.images[-1]
+    assert heat.get_extent() == axes.images[0].get_extent()
+    model.get_submodule(model.feature_info[-1]["module"]).register_forward_hook(lambda *call: kept.append(call[2]))
+    score = model(x)[0, 10]
+    slope = torch.autograd.grad(score, kept[0])[0]
+    space = (2, 3) if name == "test_resnet" else (1, 2)
+    expected = (slope.mean(space, keepdim=True) * kept[0]).sum(1 if name == "test_resnet" else 3)[0].relu()
+    expected = nn.functional.interpolate(expected[None, None], (160, 160), mode="bilinear")[0, 0].detach()
+    assert np.corrcoef(np.ravel(heat.get_array()), expected.flatten())[0, 1] > 0.99
+
+
+def test_grad_cam_of_tokens_is_refused():
+    pytest.importorskip("pytorch_grad_cam")
+    model = timm.create_model("test_vit").eval()
+    with pytest.raises(ValueError, match=r"a: Grad-CAM needs feature maps .* blocks\.\d gives is \[1, \d+, 64\]"):
+        viz.plot_grad_cam({"a": model}, {"a": torch.randn(1, 3, 160, 160)}, IMAGE)
+
+
 def test_a_missing_extra_is_told(monkeypatch):
     real = importlib.import_module
 

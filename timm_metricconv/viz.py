@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -551,23 +552,32 @@ def plot_grad_cam(
         layers: Label → name of the module whose output is explained; by default the last of timm's `feature_info`.
 
     Raises:
-        ValueError: A network has no `feature_info` and no layer is named.
+        ValueError: A network has no `feature_info` and no layer is named, or what is to be explained is no map.
     """
     grad_cam, targets = need("pytorch_grad_cam", "grad-cam"), need("pytorch_grad_cam.utils.model_targets", "grad-cam")
     figure, axes = _panels(1 + len(models), image)
     _show(axes[0], image)
     axes[0].set_title("image", fontsize=10)
     for ax, (label, model) in zip(axes[1:], models.items(), strict=True):
-        known = [info["module"] for info in getattr(model, "feature_info", [])]
-        name = (layers or {}).get(label, known[-1] if known else "")
+        known = {info["module"]: info["num_chs"] for info in getattr(model, "feature_info", [])}
+        name = (layers or {}).get(label) or next(reversed(known), "")
         if not name:
             raise ValueError(f"{label}: the network does not name its feature maps; name one in `layers`.")
-        with torch.no_grad():
+        module, given = model.get_submodule(name), list[Any]()
+        with torch.no_grad(), module.register_forward_hook(lambda *call, given=given: given.append(call[2])):
             odds = model.eval()(inputs[label]).softmax(-1)[0]
+        shape = list(getattr(given[-1], "shape", [])) if given else []
+        if len(shape) != 4:
+            raise ValueError(
+                f"{label}: Grad-CAM needs feature maps [B, C, H, W]; what {name} gives is {shape or 'none'}."
+            )
+        # Swin and others have their channels last
+        last = shape[1] != known[name] if name in known else getattr(model, "output_fmt", "") == "NHWC"
+        turned = operator.methodcaller("permute", 0, 3, 1, 2) if last else None
         chosen = int(odds.argmax()) if target is None else target
-        with grad_cam.GradCAM(model=model, target_layers=[model.get_submodule(name)]) as cam:
+        with grad_cam.GradCAM(model, [module], turned) as cam:
             heat = cam(input_tensor=inputs[label], targets=[targets.ClassifierOutputTarget(chosen)])[0]
         _show(ax, image)
-        ax.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+        ax.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=(*ax.get_xlim(), *ax.get_ylim()))
         ax.set_title(f"{label}: class {chosen}, p = {float(odds[chosen]):.2f}", fontsize=10)
     return figure

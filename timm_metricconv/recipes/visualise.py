@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+# A picture that is longer for its width would be enlarged to many thousands of pixels, and hardly be seen.
+LONGEST = 8
 Point = Annotated[List[float], Field(min_length=2, max_length=2)]
 
 
@@ -84,6 +86,10 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
         if len({part.shape[0] for part in parts}) > 1:
             raise ConfigError(f"image: {name!r}: pictures side by side need the same height.")
         picture = pillow.fromarray(numpy.concatenate(parts, 1))
+    width, height = picture.size
+    if max(width, height) > LONGEST * min(width, height):
+        what = f"expected a longer side of at most {LONGEST} times the shorter"
+        raise ConfigError(f"image: {name!r} is {width}×{height} pixels; {what}: crop it.")
     if size:
         factor = size / min(picture.size)
         picture = picture.resize([round(side * factor) for side in picture.size], pillow.Resampling.LANCZOS)
@@ -97,9 +103,11 @@ def _network(name: str, config: VisualiseConfig, arguments: Dict[str, Any]) -> n
 
 
 def as_input(model: nn.Module, image: "np.ndarray") -> Tensor:
-    """The picture as a timm model takes it, `[1, C, H, W]`."""
+    """The picture as a timm model takes it, `[1, C, H, W]`; for one of fixed input size it is squashed to that."""
     mean, std = normalisation(DataConfig(), model.pretrained_cfg)
     picture = need("PIL.Image", "pillow").fromarray(image).convert("RGB" if len(mean) == 3 else "L")
+    if model.pretrained_cfg.get("fixed_input_size"):
+        picture = picture.resize(model.pretrained_cfg["input_size"][:0:-1])
     pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
     return v2.functional.normalize(pixels, mean, std)[None]
 
@@ -134,26 +142,21 @@ def visualise(config: VisualiseConfig) -> List[Path]:
         ConfigError: The image, the model or a layer cannot be had; the message says what to do.
     """
     need("matplotlib", "matplotlib")
-    image, written = load_image(config.image, config.size), []
+    image, figures = load_image(config.image, config.size), dict[str, Any]()
     height, width = image.shape[:2]
     for x, y in config.points:
         if not (0 <= x < width and 0 <= y < height):
             where = f"{config.image}, {width}×{height} pixels"
             raise ConfigError(f"points: {[x, y]} lies outside of {where}; --points [] takes edges.")
 
-    def save(figure: "Figure", name: str) -> None:
-        written.append(config.folder / f"{name}.png")
-        _save(figure, written[-1], config.dpi)
-        print(written[-1])
-
     try:
         field = image_field(image, config.smoothing, **config.metric)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metric: {error}") from None
     title = "balls of a metric built from the image gradient (no training)"
-    save(plot_field(field, image, config.spacing, title=title).figure, "unit_balls")
+    figures["unit_balls"] = plot_field(field, image, config.spacing, title=title).figure
     points = config.points or strong_edges(image)
-    save(plot_geodesics(field, image, points, title="metric built from the image gradient"), "geodesic_balls")
+    figures["geodesic_balls"] = plot_geodesics(field, image, points, title="metric built from the image gradient")
 
     if config.model:
         model = _network(config.model, config, config.model_args)
@@ -163,16 +166,17 @@ def visualise(config: VisualiseConfig) -> List[Path]:
         for name in config.layers or names[:1] or [""]:
             try:
                 view = capture(model, name, as_input(model, image))
-            except ValueError as error:
-                raise ConfigError(f"layers: {config.model}: {error}") from None
+            except (AssertionError, RuntimeError, ValueError) as error:  # a network's own, of an image's size
+                raise ConfigError(f"layers: {config.model}: {error}") from error
             field, kind = layer_field(view), type(view.layer).__name__
             lattice = view.layer.points.flatten(0, 1)[None, :, :, None, None]
             if (view.positions() - lattice).abs().max() < 1e-3:
                 print(f"{name} samples the plain pattern everywhere: it is untrained, so its balls are disks.")
-            save(plot_samples(view, image, points), f"{name}-samples")
+            figures[f"{name}-samples"] = plot_samples(view, image, points)
             whose = "its metric" if field.residual is None else "the metric that fits its samples best"
-            save(plot_field(field, image, config.spacing, title=f"{name}, {kind}: {whose}").figure, f"{name}-balls")
-            save(plot_maps(field, image, title=f"{name}, {kind}"), f"{name}-maps")
+            title = f"{name}, {kind}: {whose}"
+            figures[f"{name}-balls"] = plot_field(field, image, config.spacing, title=title).figure
+            figures[f"{name}-maps"] = plot_maps(field, image, title=f"{name}, {kind}")
 
     if config.cam:
         models = {label: _network(name, config, {}) for label, name in config.cam.items()}
@@ -182,5 +186,13 @@ def visualise(config: VisualiseConfig) -> List[Path]:
                 raise ConfigError(
                     f"cam_class: {label} has the classes 0 to {model.num_classes - 1}; got {config.cam_class}."
                 )
-        save(plot_grad_cam(models, inputs, image, config.cam_class), "grad_cam")
+        try:
+            figures["grad_cam"] = plot_grad_cam(models, inputs, image, config.cam_class)
+        except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # a network's own are among them
+            raise ConfigError(f"cam: {error}") from error
+
+    written = [config.folder / f"{name}.png" for name in figures]
+    for path, figure in zip(written, figures.values(), strict=True):
+        _save(figure, path, config.dpi)
+        print(path)
     return written
