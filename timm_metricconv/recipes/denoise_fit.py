@@ -33,7 +33,7 @@ def _filter(cell: Cell, config: DenoiseConfig) -> nn.Module:
     torch.manual_seed(config.seed)
     if cell.method in HEURISTICS:
         ball = {"ball": cell.method, "steps": config.geodesic_steps}
-        return ImageMetricFilter2d(cell.k, centre=config.centre, **ball, **config.metric)
+        return ImageMetricFilter2d(1, cell.k, centre=config.centre, **ball, **config.metric)
     free = {"size": (config.size, config.size)} if config.data == "image" else {}
     common = {**free, "centre": config.centre, "fixed_kernel": cell.kernel == "fixed"}
     if cell.method == "deform":

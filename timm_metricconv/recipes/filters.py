@@ -15,7 +15,6 @@ from ..geometry import DRIFTS, PARAMETRIZATIONS, PATTERNS, Metric, geodesic_posi
 from ..geometry.parametrizations import EPS_L
 from ..layers.ball_conv import _choice
 from ..layers.metric import check_ball, init_predictor
-from ..ops import place
 from .sliced import Slice, sliced_conv2d
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
@@ -27,53 +26,17 @@ def _ranges(total: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, total)) for i in range(0, total, step))
 
 
-def _fields(metric: Metric) -> Tensor:
-    """Components `[B, H, W]` → fields `[B, 5, H, W]`."""
-    return torch.stack(tuple(metric), 1)
-
-
-def metric_slices(
-    points: Tensor, pixels: int, *, eps: float = 0.0, geodesic: int = 0, samples: int = SLICE_SAMPLES
-) -> List[Slice]:
-    """The unit ball of a metric for `sliced_conv2d`, whose tensor is the fields `[B, 5, H, W]`.
-
-    Args:
-        points: Of the pattern, `[R, D, 2]` in pixels.
-        pixels: B·H·W.
-        eps: See `geometry.ray_positions`.
-        geodesic: Steps of a geodesic, 0 for the tangent ball. A geodesic is followed once, so all radii of a direction
-            are in the same slice.
-        samples: Bound on taps × pixels × images of a slice.
-    """
-    count = max(1, samples // max(1, pixels))
-    rows = points.shape[0] if geodesic else min(count, points.shape[0])
-    index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
-
-    def part(rings: slice, rays: slice) -> Slice:
-        def ball(fields: Tensor) -> Tensor:
-            here = points[rings, rays].to(fields)
-            if geodesic:
-                return geodesic_positions(fields, here, geodesic)
-            return ray_positions(Metric(*fields[:, :, :, :, None].unbind(1)), here, eps)
-
-        return index[rings, rays].flatten(), ball
-
-    return [part(r, c) for c in _ranges(points.shape[1], count // rows) for r in _ranges(points.shape[0], rows)]
-
-
-def _positions_at(slices: List[Slice], fields: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Positions at n pixels, `[B, K, 2, n]`, in the order of the taps."""
-    order = torch.cat([taps for taps, _ in slices]).argsort()
-    return torch.cat([place(ball(fields))[..., rows, columns] for _, ball in slices], 1)[:, order]
+def _steps(ball: str, steps: int) -> int:
+    return {"tangent": 0, "geodesic": steps}[check_ball(ball, steps)[0]]
 
 
 class _Filter(nn.Module):
     """What the filters share: k odd, the image's size kept, each channel filtered by itself, no bias.
 
-    A subclass says how many channels its predictor has, what its free parameters are, and its slices.
+    A subclass says how many channels its predictor has, what its free parameters are, and its geometry.
     """
 
-    predicted: int
+    predicted = 0
     points: Tensor
 
     def __init__(
@@ -91,16 +54,16 @@ class _Filter(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: a filter needs an odd one, to sit on its pixel.")
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size={size}: expected (height, width).")
+        points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
         self.channels, self.kernel_size, self.pattern = channels, kernel_size, pattern
         self.size, self.samples = None if size is None else (size[0], size[1]), samples
-        self.register_buffer("points", PATTERNS[pattern](kernel_size).to(torch.get_default_dtype()), persistent=False)
-        taps = kernel_size**2 + centre
-        self.weight = nn.Parameter(torch.full((channels, 1, kernel_size**2), 1 / taps), requires_grad=not fixed_kernel)
-        self.centre = (
-            nn.Parameter(torch.full((channels,), 1 / taps), requires_grad=not fixed_kernel) if centre else None
-        )
+        self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
+        taps, learnt = kernel_size**2, not fixed_kernel
+        share = 1 / (taps + centre)
+        self.weight = nn.Parameter(torch.full((channels, 1, taps), share), requires_grad=learnt)
+        self.centre = nn.Parameter(torch.full((channels,), share), requires_grad=learnt) if centre else None
         self.predictor = None
-        if size is None:
+        if size is None and self.predicted:
             self.predictor = nn.Conv2d(channels, self.predicted, kernel_size, padding=kernel_size // 2)
 
     def _check(self, x: Tensor) -> None:
@@ -109,17 +72,56 @@ class _Filter(nn.Module):
         if self.size is not None and tuple(x.shape[2:]) != self.size:
             raise ValueError(f"input: the geometry is one for images of {self.size}, got {tuple(x.shape[2:])}.")
 
-    def _filter(self, x: Tensor) -> Tensor:
+    def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
+        """Slices of the kernel with the tensors that place them, as `sliced_conv2d` takes them."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → `[B, C, H, W]`."""
         self._check(x)
-        out = self._filter(x)
-        return out if self.centre is None else out + self.centre[:, None, None] * x
+        out = torch.zeros_like(x) if self.centre is None else self.centre[:, None, None] * x
+        for slices, tensors in self._geometry(x):
+            out = out + sliced_conv2d(x, self.weight, slices, *tensors)
+        return out
+
+    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Positions at the n pixels (rows, columns), `[B, K, 2, n]`, without the centre sample."""
+        parts = [(taps, ball(*tensors)) for slices, tensors in self._geometry(x) for taps, ball in slices]
+        order = torch.cat([taps for taps, _ in parts]).argsort()
+        return torch.cat([positions[..., rows, columns] for _, positions in parts], 1)[:, order]
 
 
-class MetricFilter2d(_Filter):
+class _MetricFilter(_Filter):
+    """The unit balls of a metric: `steps` of a geodesic, 0 for tangent balls; `eps` is `geometry.ray_positions`'."""
+
+    steps = 0
+    eps = 0.0
+
+    def metric(self, x: Tensor) -> Metric:
+        """The metrics in whitened form, components `[B, H, W]`."""
+        raise NotImplementedError
+
+    def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
+        fields = torch.stack(tuple(self.metric(x)), 1)  # [B, 5, H, W]
+        points, count = self.points, max(1, self.samples // max(1, fields[:, 0].numel()))
+        # a geodesic is followed once, so all radii of a direction are in the same slice
+        rows = points.shape[0] if self.steps else min(count, points.shape[0])
+        index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
+
+        def part(rings: slice, rays: slice) -> Slice:
+            def ball(fields: Tensor) -> Tensor:
+                here = points[rings, rays].to(fields)
+                if self.steps:
+                    return geodesic_positions(fields, here, self.steps)
+                return ray_positions(Metric(*fields[:, :, :, :, None].unbind(1)), here, self.eps)
+
+            return index[rings, rays].flatten(), ball
+
+        columns = list(_ranges(points.shape[1], count // rows))
+        yield [part(r, c) for c in columns for r in _ranges(points.shape[0], rows)], (fields,)
+
+
+class MetricFilter2d(_MetricFilter):
     """A metric convolution as an image filter; the paper's choices are the defaults.
 
     Args:
@@ -163,9 +165,8 @@ class MetricFilter2d(_Filter):
         self.parametrization, self.drift = parametrization, _choice("drift", drift, list(DRIFTS))
         if not 0 < eps_omega <= 1:
             raise ValueError(f"eps_omega={eps_omega!r}: expected a number above 0 and up to 1.")
-        self.eps_omega, self.predicted = eps_omega, row.channels
-        self.ball, self.steps = check_ball(ball, steps)
-        pattern = _choice("pattern", pattern, list(PATTERNS))
+        self.eps_omega, self.predicted, self.eps = eps_omega, row.channels, row.eps
+        self.steps = _steps(ball, steps)
         super().__init__(channels, kernel_size, size, centre, samples, pattern, fixed_kernel)
         if self.predictor is not None:
             init_predictor(self.predictor, row, "paper", (0.1, 1.5))
@@ -193,25 +194,13 @@ class MetricFilter2d(_Filter):
         root = PARAMETRIZATIONS[self.parametrization].function(raw[..., :-2], (0.1, 1.5))
         return Metric(root.a, root.b, root.d, *DRIFTS[self.drift](raw[..., -2:], root, self.eps_omega))
 
-    def _slices(self, fields: Tensor) -> List[Slice]:
-        eps, steps = PARAMETRIZATIONS[self.parametrization].eps, self.steps if self.ball == "geodesic" else 0
-        return metric_slices(self.points, fields[:, 0].numel(), eps=eps, geodesic=steps, samples=self.samples)
 
-    def _filter(self, x: Tensor) -> Tensor:
-        fields = _fields(self.metric(x))
-        return sliced_conv2d(x, self.weight, self._slices(fields), fields)
-
-    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Positions at the n pixels (rows, columns), `[B, K, 2, n]`, without the centre sample."""
-        fields = _fields(self.metric(x))
-        return _positions_at(self._slices(fields), fields, rows, columns)
-
-
-class ImageMetricFilter2d(nn.Module):
-    """A metric filter without parameters: its metric is `geometry.image_metric` of the image, its kernel uniform.
+class ImageMetricFilter2d(_MetricFilter):
+    """A metric filter that learns nothing: its metric is `geometry.image_metric` of the image, its kernel uniform.
 
     Args:
-        kernel_size: k.
+        channels: Each is filtered by itself; the metric is that of their mean.
+        kernel_size: k, odd.
         pattern: Points that the ball bends: a name from `geometry.PATTERNS`.
         ball: "tangent" or "geodesic", see `MetricConv2d`.
         steps: Of a geodesic, see `geometry.geodesic_positions`.
@@ -225,6 +214,7 @@ class ImageMetricFilter2d(nn.Module):
 
     def __init__(
         self,
+        channels: int,
         kernel_size: int,
         *,
         pattern: str = "polar",
@@ -234,31 +224,12 @@ class ImageMetricFilter2d(nn.Module):
         samples: int = SLICE_SAMPLES,
         **metric,
     ):
-        super().__init__()
-        self.points: Tensor
-        points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
-        self.kernel_size, self.pattern, self.metric = kernel_size, pattern, metric
-        self.centre, self.samples = centre, samples
-        self.ball, self.steps = check_ball(ball, steps)
-        self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
+        super().__init__(channels, kernel_size, None, centre, samples, pattern, fixed_kernel=True)
+        self.arguments, self.steps = metric, _steps(ball, steps)
 
-    def _geometry(self, x: Tensor) -> Tuple[Tensor, List[Slice]]:
-        fields = _fields(image_metric(x.mean(1, keepdim=True), **self.metric))
-        steps = self.steps if self.ball == "geodesic" else 0
-        return fields, metric_slices(self.points, fields[:, 0].numel(), geodesic=steps, samples=self.samples)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` → `[B, C, H, W]`; of several channels the metric reads the mean."""
-        fields, slices = self._geometry(x)
-        taps = self.points.shape[0] * self.points.shape[1]
-        weight = x.new_full((x.shape[1], 1, taps), 1 / (taps + self.centre))
-        out = sliced_conv2d(x, weight, slices, fields)
-        return out + x / (taps + 1) if self.centre else out
-
-    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """As `MetricFilter2d.positions_at`."""
-        fields, slices = self._geometry(x)
-        return _positions_at(slices, fields, rows, columns)
+    def metric(self, x: Tensor) -> Metric:
+        """As `MetricFilter2d.metric`."""
+        return image_metric(x.mean(1, keepdim=True), **self.arguments)
 
 
 class DeformFilter2d(_Filter):
@@ -299,31 +270,20 @@ class DeformFilter2d(_Filter):
             parts = _ranges(kernel_size**2, samples // (self.size[0] * self.size[1]))
             self.offsets = nn.ParameterList(torch.zeros(1, p.stop - p.start, 2, *self.size) for p in parts)
 
-    def _slice(self, x: Tensor, part: slice) -> Tuple[Slice, Tuple[Tensor, ...]]:
-        """The taps of a part with the function that places them, and the tensors that it takes."""
-        points, taps = self.points[0, part, :, None, None], torch.arange(part.start, part.stop, device=x.device)
-        if self.predictor is None:
-            offsets = self.offsets[part.start // self.offsets[0].shape[1]]
-            return (taps, lambda free: (free + points).expand(len(x), -1, -1, -1, -1)), (offsets,)
+    def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
+        for part in self._parts(x):
+            points, taps = self.points[0, part, :, None, None], torch.arange(part.start, part.stop, device=x.device)
+            if self.predictor is None:
+                offsets = self.offsets[part.start // self.offsets[0].shape[1]]
+                yield [(taps, lambda free, points=points: (free + points).expand(len(x), -1, -1, -1, -1))], (offsets,)
+                continue
 
-        def predicted(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-            return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2).unflatten(1, (-1, 2)).flip(2) + points
+            def predicted(x: Tensor, kernel: Tensor, bias: Tensor, points: Tensor = points) -> Tensor:
+                return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2).unflatten(1, (-1, 2)).flip(2) + points
 
-        rows = slice(2 * part.start, 2 * part.stop)
-        return (taps, predicted), (x, *(parameter[rows] for parameter in self.predictor.parameters()))
+            rows = slice(2 * part.start, 2 * part.stop)
+            yield [(taps, predicted)], (x, *(parameter[rows] for parameter in self.predictor.parameters()))
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
         step = self.offsets[0].shape[1] if self.size else self.samples // max(1, x[:, 0].numel())
         return _ranges(self.kernel_size**2, step)
-
-    def _filter(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for part in self._parts(x):
-            placed, tensors = self._slice(x, part)
-            out = out + sliced_conv2d(x, self.weight, [placed], *tensors)
-        return out
-
-    def positions_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """As `MetricFilter2d.positions_at`."""
-        slices = (self._slice(x, part) for part in self._parts(x))
-        return torch.cat([place(placed(*tensors))[..., rows, columns] for (_, placed), tensors in slices], 1)

@@ -1,24 +1,24 @@
 """A depthwise `ball_conv2d` of very many taps: a slice of the kernel at a time, so that memory does not grow with k."""
 
-from typing import Callable, Sequence, Tuple, Union
+from typing import Callable, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import Samples, ball_conv2d
+from ..ops import ball_conv2d
 
-# The indices of n taps, and a function of the geometry's tensors that returns their samples.
-Slice = Tuple[Tensor, Callable[..., Union[Tensor, Samples]]]
+# The indices of n taps, and a function of the geometry's tensors that returns their positions.
+Slice = Tuple[Tensor, Callable[..., Tensor]]
 
 
 def _term(part: Slice, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
     taps, ball = part
-    samples = ball(*tensors)
+    positions = ball(*tensors)
     # of few channels, reading planes beats a channels-last gather
     backend = "grid_sample" if x.shape[1] <= 16 else None
     with torch.autocast(x.device.type, enabled=False):
-        return ball_conv2d(x, samples, weight[:, :, taps], groups=x.shape[1], backend=backend)
+        return ball_conv2d(x, positions, weight[:, :, taps], groups=x.shape[1], backend=backend)
 
 
 class _SumOfSlices(torch.autograd.Function):
@@ -54,8 +54,8 @@ def sliced_conv2d(x: Tensor, weight: Tensor, slices: Sequence[Slice], *tensors: 
     Args:
         x: Image `[B, C, H, W]`.
         weight: `[C, 1, K]`.
-        slices: For each slice the indices of its n taps and a function of `tensors` that returns the taps' samples:
-            positions `[B, n, 2, H, W]`, or `Samples` of n points.
+        slices: For each slice the indices of its n taps and a function of `tensors` that returns the taps' positions
+            `[B, n, 2, H, W]`.
         *tensors: The geometry. Nothing else is kept for the backward pass, which can be taken once.
 
     Returns:
