@@ -24,9 +24,9 @@ def tolerance_of(backend, tight=1e-10):
     return tight if DTYPE[backend] == torch.float64 else 2e-5
 
 
-def can_take(backend, tensors):
+def can_take(backend, tensors, groups=1):
     source = tensors["samples"]
-    return BACKENDS[backend].why_not(tensors["x"], source, tensors["weight"], 1) is None
+    return BACKENDS[backend].why_not(tensors["x"], source, tensors["weight"], groups) is None
 
 
 def pair(value):
@@ -92,6 +92,7 @@ CASES = {
     "metric groups in a group": {"metric_groups": 4, "groups": 2, "mask": True, "batch": 3},
     "groups in a metric group": {"metric_groups": 2, "groups": 4, "out_channels": 8, "mask": True, "stride": 2},
     "depthwise, metric groups": {"metric_groups": 2, "groups": 4, "out_channels": 4, "batch": 1},
+    "groups across metric groups": {"channels": 6, "metric_groups": 3, "groups": 2, "mask": True},
     "metric groups, free taps": {"metric_groups": 2, "kernel_size": None, "padding": 0},
     "image below the kernel": {"size": (2, 3), "kernel_size": (5, 5), "padding": 2},
 }
@@ -161,8 +162,8 @@ def compare(actual, expected, tolerance):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loop(case, backend):
     tensors, arguments = problem(**CASES[case], dtype=DTYPE[backend])
-    if not can_take(backend, tensors):
-        pytest.skip("free taps are nothing for it")
+    if not can_take(backend, tensors, arguments["groups"]):
+        pytest.skip("free taps, or groups across metric groups, are nothing for it")
     actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
     compare(actual, outputs_and_gradients(loop, tensors, arguments, torch.float64), tolerance_of(backend))
 
@@ -175,8 +176,8 @@ def test_equals_the_loop(case, backend):
 def test_equals_the_reference_in_low_precision(case, dtype, tolerance, backend):
     """Against the reference on the same (rounded) tensors in float64; every result keeps its dtype."""
     tensors, arguments = problem(**{"channels": 8, "size": (9, 11)} | CASES[case], dtype=dtype)
-    if not can_take(backend, tensors):
-        pytest.skip("free taps are nothing for it")
+    if not can_take(backend, tensors, arguments["groups"]):
+        pytest.skip("free taps, or groups across metric groups, are nothing for it")
     actual = outputs_and_gradients(functools.partial(ball_conv2d, backend=backend), tensors, arguments)
     reference = functools.partial(ball_conv2d, backend="reference")
     compare(actual, outputs_and_gradients(reference, tensors, arguments, torch.float64), tolerance)

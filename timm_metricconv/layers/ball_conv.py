@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.utils import _pair
 
 from ..geometry import PATTERNS
@@ -100,11 +101,8 @@ class BallConv2d(nn.Module):
                 raise ValueError(f"{name}={value!r}: expected a positive integer.")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups}: must divide in_channels={in_channels} and out_channels={out_channels}.")
-        if in_channels % metric_groups or (groups % metric_groups and metric_groups % groups):
-            raise ValueError(
-                f"metric_groups={metric_groups}: must divide in_channels={in_channels}, and divide groups={groups} or "
-                "be divided by it."
-            )
+        if in_channels % metric_groups:
+            raise ValueError(f"metric_groups={metric_groups}: must divide in_channels={in_channels}.")
         if modulated not in MODULATIONS:
             raise ValueError(f"modulated={modulated!r}: expected one of {', '.join(map(repr, MODULATIONS))}.")
         if backend is not None:
@@ -270,9 +268,15 @@ class BallConv2d(nn.Module):
         return place(self.samples(self.predict(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`."""
+        """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`; `[C_in, H, W]` → `[C_out, H_out, W_out]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript must not read the next line
+            if isinstance(x, Proxy):  # whatever traces with torch.fx keeps the layer whole
+                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return self._of_batch(x[None])[0] if x.dim() == 3 else self._of_batch(x)
+
+    def _of_batch(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
-            raise ValueError(f"input: expected [B, C_in, H, W], got {x.shape}.")
+            raise ValueError(f"input: expected [B, C_in, H, W] or [C_in, H, W], got {x.shape}.")
         if x.shape[1] != self.in_channels:
             raise ValueError(f"input: expected in_channels={self.in_channels}, got {x.shape[1]} channels.")
         for axis in (0, 1):

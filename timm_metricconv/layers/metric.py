@@ -255,19 +255,23 @@ def init_predictor(
     predictor: nn.Conv2d, row: Parametrization, init: str, scale: Tuple[float, float], groups: int = 1
 ) -> None:
     """Initialises a predictor of `groups` metrics, and of masks after them; see `MetricConv2d.reset_predictor`."""
-    weight, bias = predictor.weight, predictor.bias
-    assert bias is not None, "predictors have one"
-    nn.init.zeros_(bias)
+    assert predictor.bias is not None, "predictors have one"
+    shape, device = predictor.weight.shape, predictor.weight.device
+    weight, bias = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.float64, device=device)
     if init == "identity":
-        nn.init.zeros_(weight)
-        values = torch.tensor(row.identity(scale), dtype=torch.float64, device="cpu")
+        values = torch.tensor(row.identity(scale), dtype=bias.dtype, device="cpu")
         bias[: groups * row.channels].view(groups, row.channels)[:, : row.channels - 2] = values.to(bias)
-        return
-    predictor.reset_parameters()
-    nn.init.zeros_(bias)
-    for number, channel in enumerate(weight):
-        kind = number % row.channels if number < groups * row.channels else -1
-        if kind in row.uniform_rows:
-            channel.fill_(1 / channel.numel())
-        elif kind not in row.default_rows:
-            channel.fill_(1e-6)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d
+        for number, channel in enumerate(weight):
+            kind = number % row.channels if number < groups * row.channels else -1
+            if kind in row.uniform_rows:
+                channel.fill_(1 / channel.numel())
+            elif kind not in row.default_rows:
+                channel.fill_(1e-6)
+    for parameter, new in ((predictor.weight, weight), (predictor.bias, bias)):
+        if hasattr(parameter, "device_mesh"):  # a shard of FSDP2 takes no plain tensor
+            from torch.distributed.tensor import distribute_tensor
+
+            new = distribute_tensor(new, parameter.device_mesh, parameter.placements)  # type: ignore[arg-type]
+        parameter.copy_(new)

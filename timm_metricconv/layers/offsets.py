@@ -143,9 +143,10 @@ class ActiveConv2d(BallConv2d):
 
     def reset_parameters(self) -> None:
         """Offsets start at zero; the rest as `BallConv2d`."""
-        self.offset = nn.Parameter(
-            torch.zeros_like(self.points[0].repeat(self.metric_groups, 1), dtype=self.weight.dtype)
-        )
+        if not hasattr(self, "offset"):
+            offset = self.points[0].repeat(self.metric_groups, 1)
+            self.offset = nn.Parameter(torch.empty_like(offset, dtype=self.weight.dtype))
+        nn.init.zeros_(self.offset)
         super().reset_parameters()
 
     def predict(self, x: Tensor) -> Tensor:

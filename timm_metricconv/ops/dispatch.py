@@ -46,7 +46,13 @@ def _compiled_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) ->
 
 
 def _gather_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
-    return None if x.device.type == "cpu" else "it is written for the CPU"
+    return _crossed(source, weight, groups) if x.device.type == "cpu" else "it is written for the CPU"
+
+
+def _crossed(source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
+    metric_groups = source.shape[1] // (FIELDS if source.dim() == 4 else weight.shape[2:].numel())
+    divides = groups % metric_groups == 0 or metric_groups % groups == 0
+    return None if divides else f"of metric_groups={metric_groups} and groups={groups} one must divide the other"
 
 
 def _torchvision_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
@@ -68,7 +74,7 @@ BACKENDS: Dict[str, Backend] = {
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "reference": Backend(ball_conv2d_reference, _never),
     "grid_sample": Backend(grid_sample_conv2d, _never),
-    "triton": Backend(triton_conv2d, _triton_why_not),
+    "triton": Backend(triton_conv2d, lambda *call: _triton_why_not(*call) or _crossed(*call[1:])),
 }
 
 
@@ -134,11 +140,8 @@ def _check(
         expected = x.shape[0], metric_groups * taps, 2, *out
     if tuple(source.shape) != expected:
         raise ValueError(f"{name}: expected {axes} = {expected} (G = {metric_groups}), got {tuple(source.shape)}.")
-    if x.shape[1] % metric_groups or (groups % metric_groups and metric_groups % groups):
-        raise ValueError(
-            f"{name}: metric_groups={metric_groups} must divide the {x.shape[1]} channels, and one of metric_groups "
-            f"and groups={groups} must divide the other."
-        )
+    if x.shape[1] % metric_groups:
+        raise ValueError(f"{name}: metric_groups={metric_groups} must divide the {x.shape[1]} channels.")
     if not source.is_floating_point() or source.element_size() < 4:
         raise TypeError(f"{name}: expected float32 or float64, got {source.dtype}, which cannot hold a position.")
     one_each = (x.shape[0], metric_groups * taps, *out)
@@ -184,7 +187,7 @@ def ball_conv2d(
         stride: As `nn.Conv2d`; like the next two an int or (vertical, horizontal).
         padding: As `nn.Conv2d`.
         dilation: As `nn.Conv2d`. It moves the centre of the receptive field; the samples are taken as they come.
-        groups: As `nn.Conv2d`; G divides it or it divides G.
+        groups: As `nn.Conv2d`; independent of G, but the fast backends need one to divide the other.
         mask: One factor for each sample, `[B, G·K, H_out, W_out]` (DCNv2's modulation).
         backend: A name from `BACKENDS`; by default what the environment variable `TIMM_METRICCONV_BACKEND` names
             where that can compute the call, else the fastest that can.

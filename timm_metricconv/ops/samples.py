@@ -22,12 +22,12 @@ class Samples(NamedTuple):
     points: Tensor
 
 
-def place(samples: Union[Tensor, Samples]) -> Tensor:
+def place(samples: Union[Tensor, Samples], each: int = FIELDS) -> Tensor:  # TorchScript takes globals as defaults alone
     """Positions `[B, G·K, 2, H_out, W_out]` of samples; positions are returned as they are."""
     if isinstance(samples, Tensor):
         return samples
     batch, channels, height, width = samples.fields.shape
-    maps = samples.fields.reshape(batch, channels // FIELDS, 1, FIELDS, height, width)
+    maps = samples.fields.reshape(batch, channels // each, 1, each, height, width)
     points = samples.points.to(maps.dtype)[:, :, None, None, None]
     first, second, shift = maps[:, :, :, 0:4:2], maps[:, :, :, 1:4:2], maps[:, :, :, 4:6]  # [B, G, 1, 2, H, W] each
     return torch.addcmul(torch.addcmul(shift, first, points[:, 0]), second, points[:, 1]).flatten(1, 2)
