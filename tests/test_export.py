@@ -297,6 +297,7 @@ def test_the_fast_operator_stays_in_a_program_that_is_not_portable(saved, tmp_pa
         ({"model": "resnet18_metrik"}, "Unknown model"),
         ({"model_args": {"conv_cfg": {"drift": "wind"}}}, "drift='wind'"),
         ({"checkpoint": "nowhere.safetensors"}, "no file"),
+        ({"model": "vit_tiny_patch16_224"}, "1×3×224×256|2×3×224×256.*--dynamic false"),
         ({"output": "model.pth"}, "ends in .onnx"),
         ({"format": "aoti", "output": "model.pt2"}, "C\\+\\+ compiler"),
     ],

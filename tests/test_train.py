@@ -72,6 +72,19 @@ def tiny(tmp_path, images, **changes) -> TrainConfig:
     return TrainConfig(**values)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these optimisers have what they need")
+def test_an_optimiser_that_is_not_installed(tmp_path, images):
+    with pytest.raises(ConfigError, match="opt='fusedadam': CUDA required"):
+        train(tiny(tmp_path, images, opt="fusedadam"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_second_order_optimiser(tmp_path, images):
+    """adahessian takes the gradient of the gradient."""
+    train(tiny(tmp_path, images, opt="adahessian", model="test_resnet", model_args={}, epochs=1), quiet=True)
+
+
 @pytest.mark.slow
 def test_a_saved_network_goes_on_in_another_precision(tmp_path, images):
     """`local-dir:` starts from its weights without another word; accelerate alone would ask for a new process."""
@@ -407,6 +420,9 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, images):
         ({"epochs": 2, "warmup_epochs": 5}, "warmup_epochs: expected fewer than epochs, 2, .*; got 5"),
         ({"lr": 1e-4, "warmup_lr": 1e-3}, "warmup_lr: expected at most lr, 0.0001; got 0.001"),
         ({"sched": "wsd", "epochs": 1}, "sched='wsd' with epochs=1"),
+        ({"model_args": {}, "batch_size": 1}, "model: it cannot take images of 1×3×16×16: .*larger --batch_size"),
+        ({"model": "vit_tiny_patch16_224", "model_args": {}}, "model: .*16×16: .*224.*--model_args.img_size"),
+        ({"model_args": {"conv_cfg": {"eps_omga": 0.5}}}, "'eps_omga'.*Did you mean 'eps_omega'"),
         ({"kernels": ["layer9"]}, "kernels: .*layer9.*; expected names of convolutions"),
     ],
 )

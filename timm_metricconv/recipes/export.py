@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from .config import ConfigError, Settings, option
-from .network import adaptive_layers, create_model, load_checkpoint
+from .network import adaptive_layers, check_images, create_model, load_checkpoint
 
 # torch's exporter writes nothing older than 18; its conversion to older op sets fails on these networks and keeps 18.
 # DeformConv came with 19.
@@ -205,6 +205,8 @@ def export(config: ExportConfig) -> Path:
     temporary = _temporary(path, SUFFIX[config.format])
     model = load_network(config)
     images = _images(model, config)
+    for image in images:
+        check_images(model, image, "--dynamic false exports for one size.")
     try:
         run = _EXPORTERS[config.format](_with_backend(model, config.backend), images[0], temporary, config)
         difference = _compare(run, model, images, config)

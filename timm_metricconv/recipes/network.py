@@ -1,5 +1,9 @@
 """The network of a configuration: made, warm-started, frozen; its predictors, parameter groups and counts."""
 
+import copy
+import difflib
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar
@@ -10,11 +14,35 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import BallConv2d
+from ..layers import LAYERS, BallConv2d
 from .config import ConfigError
 from .settings import NetworkConfig
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def _neighbour(error: str) -> str:
+    """The nearest argument of our layers, where Python (before 3.13) names an unknown one and no neighbour."""
+    unknown = re.search(r"Conv2d\.__init__.* unexpected keyword argument '(\w+)'(?!.*Did you mean)", error)
+    known = {name for layer in LAYERS.values() for name in inspect.signature(layer).parameters}
+    near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def check_images(
+    model: nn.Module, images: Tensor, hint: str = "Some models have --model_args.img_size for other sizes."
+) -> None:
+    """Refuses images that a network cannot take, in the mode that it is in; nothing of the network changes.
+
+    Raises:
+        ConfigError: The network's own words, and `hint`.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            (copy.deepcopy(model) if model.training else model)(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = "×".join(map(str, images.shape))
+        raise ConfigError(f"model: it cannot take images of {shape}: {str(error).rstrip('.')}. {hint}") from error
 
 
 def create_model(
@@ -36,7 +64,7 @@ def create_model(
     try:
         model = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model_args: {name} refuses {model_args}: {error}") from error
+        raise ConfigError(f"model_args: {name} refuses {model_args}: {error}{_neighbour(str(error))}") from error
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ConfigError(f"model: {name} cannot be loaded: {error}") from error
     except KeyError as error:

@@ -25,8 +25,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError
+from .data import image_size
 from .diagnosis import diagnose, plot_geometry, sample_images
-from .network import parameter_counts, parameter_groups, predictor_regulariser
+from .network import check_images, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, save_figure, write_atomic
 from .run import check_same_run, progress, read_curves, write_config
 from .segment import SEGMENTATION
@@ -69,7 +70,10 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> Tuple[Optimizer, Sc
         predictor_weight_decay=config.predictor_weight_decay,
         decay_all=config.decay_all,
     )
-    optimiser = create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    try:
+        optimiser = create_optimizer_v2(groups, opt=config.opt, lr=config.lr)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:  # by what it needs and is not there
+        raise ConfigError(f"opt={config.opt!r}: {error}") from None
     # timm's own 90 epochs between decays mean its 300
     interval = max(1, round(0.3 * config.epochs)) if config.sched == "step" else None
     milestones = sorted({max(1, round(share * config.epochs)) for share in (0.3, 0.6, 0.9)})
@@ -202,6 +206,11 @@ class _Trainer:
         model = self.task.network(config, train_set)
         if prepare is not None:
             prepare(model)
+        channels, size = model.pretrained_cfg["input_size"][0], image_size(config, model.pretrained_cfg)
+        image = torch.zeros(1, channels, size, size)
+        check_images(model.eval(), image)
+        if config.batch_size == 1:  # a norm cannot learn from one image whose features are 1×1
+            check_images(model.train(), image, "Give a larger --batch_size.")
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
@@ -226,6 +235,7 @@ class _Trainer:
             classes = self.bare.num_classes
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
         self.loss = self.task.loss(config)
+        self.second_order = getattr(optimiser, "is_second_order", False)
 
     @property
     def bare(self) -> nn.Module:
@@ -257,7 +267,7 @@ class _Trainer:
                 loss = self.loss(self.model(images), target)
             if config.predictor_regulariser:
                 loss = loss + config.predictor_regulariser * predictor_regulariser(self.bare)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss, create_graph=self.second_order)
             if config.clip_grad and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
             self.optimiser.step()

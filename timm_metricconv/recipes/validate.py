@@ -2,11 +2,12 @@
 
 from typing import Any, Dict, Literal, Optional
 
+import torch
 from pydantic.dataclasses import dataclass
 
 from .config import ConfigError, option
 from .data import class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
-from .network import create_model, parameter_counts
+from .network import check_images, create_model, parameter_counts
 from .report import print_table, update_csv, write_summary
 from .settings import DataConfig
 from .tasks import CLASSIFICATION
@@ -63,6 +64,8 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
         for name, own in zip(names, ours, strict=False):
             if name != own:
                 raise ConfigError(f"model: a class is {name!r} to {config.model} and {own!r} in {config.data}.")
+    channels, size = model.pretrained_cfg["input_size"][0], image_size(config, model.pretrained_cfg)
+    check_images(model.eval(), torch.zeros(1, channels, size, size))
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
     result = evaluate(CLASSIFICATION, model, loader, accelerator)
