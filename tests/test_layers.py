@@ -71,6 +71,19 @@ def test_signatures_are_written_out(name):
     assert layer.bias is None and layer.weight.shape == (6, 2, 5, 5) and layer.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("arguments", [{}, {"stride": (2, 1), "dilation": (1, 2)}, {"kernel_size": 4, "dilation": 3}])
+def test_centres_are_where_the_taps_lie_around(arguments):
+    """The mean of a linear image over the taps is its value at their centre; padding shifts all centres alike."""
+    arguments = {"kernel_size": 3, "dtype": torch.float64, **arguments}
+    layer, image = DeformConv2d(1, 1, padding=0, init="paper", **arguments), torch.zeros(1, 1, 13, 17).double()
+    nn.init.zeros_(layer.predictor.weight)
+    columns, rows = layer.centres(image)
+    torch.testing.assert_close(layer(image + torch.arange(17.0))[0, 0, 0] - layer.bias, columns)
+    torch.testing.assert_close(layer(image + torch.arange(13.0)[:, None])[0, 0, :, 0] - layer.bias, rows)
+    padded = DeformConv2d(1, 1, padding=(2, 3), **arguments).centres(image)
+    assert padded[0][0] == columns[0] - 3 and padded[1][0] == rows[0] - 2
+
+
 CONVOLUTIONS = {
     "plain": {},
     "no bias": {"bias": False},

@@ -168,5 +168,5 @@ def test_a_missing_extra_is_told(monkeypatch):
         return real(name, *args)
 
     monkeypatch.setattr(viz.importlib, "import_module", absent)
-    with pytest.raises(ImportError, match=r'pip install "timm_metricconv\[demo\]"'):
+    with pytest.raises(ImportError, match=r'pip install "timm_metricconv\[recipes\]"'):
         viz.plot_maps(viz.image_field(IMAGE), IMAGE)

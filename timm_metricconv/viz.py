@@ -101,13 +101,8 @@ class LayerView:
 
     def centres(self) -> Tuple[Tensor, Tensor]:
         """The centres of the output's columns and rows in the image: x `[W_out]`, y `[H_out]`."""
-        height, width = self.layer.out_size(self.input)
-        layer, result = self.layer, []
-        for axis, count in ((1, width), (0, height)):
-            first = layer.dilation[axis] * (layer.kernel_size[axis] - 1) / 2 - layer.padding[axis]
-            where = torch.arange(count) * layer.stride[axis] + first
-            result.append(self.origin[1 - axis] + self.step[1 - axis] * where)
-        return result[0], result[1]
+        x, y = (centres.float().cpu() for centres in self.layer.centres(self.input))
+        return self.origin[0] + self.step[0] * x, self.origin[1] + self.step[1] * y
 
 
 def _window(module: nn.Module) -> List[Tuple[int, int]]:

@@ -10,7 +10,7 @@ from torch.nn.modules.utils import _pair
 
 from ..geometry import PATTERNS
 from ..ops import BACKENDS, Samples, ball_conv2d, place
-from ..ops.reference import ball_conv2d_reference
+from ..ops.reference import ball_conv2d_reference, first_centre
 
 IntPair = Union[int, Sequence[int]]
 INITS = ("identity", "paper")
@@ -266,6 +266,14 @@ class BallConv2d(nn.Module):
             float32, also under autocast; float64 in a float64 layer.
         """
         return place(self.samples(self.predict(x)))
+
+    @torch.jit.ignore
+    def centres(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """What positions are counted from, in pixels of x: the output's columns `[W_out]` and rows `[H_out]`."""
+        (height, width), points = self.out_size(x), self.points
+        top, left = first_centre(self.weight, list(self.padding), list(self.dilation))
+        columns, rows = (torch.arange(count, dtype=points.dtype, device=points.device) for count in (width, height))
+        return left + self.stride[1] * columns, top + self.stride[0] * rows
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C_in, H, W]` → `[B, C_out, H_out, W_out]`; `[C_in, H, W]` → `[C_out, H_out, W_out]`."""

@@ -39,15 +39,11 @@ def _summarise(name: str, values: Tensor) -> Dict[str, float]:
 
 def _outside(layer: BallConv2d, x: Tensor, positions: Tensor) -> float:
     """Share of positions `[B, K, 2, H_out, W_out]` beyond the edge of the image, half a pixel from its last centres."""
-    away = torch.zeros_like(positions[:, :, 0], dtype=torch.bool)
-    for axis in (0, 1):
-        side = 1 - axis  # (y, x) in what torch calls stride, padding, ...
-        stride, padding, dilation = layer.stride[side], layer.padding[side], layer.dilation[side]
-        steps = torch.arange(positions.shape[3 + side], device=x.device, dtype=positions.dtype)
-        centre = steps * stride - padding + dilation * (layer.kernel_size[side] - 1) / 2
-        where = positions[:, :, axis] + (centre if axis == 0 else centre[:, None])
-        away |= (where < -0.5) | (where > x.shape[2 + side] - 0.5)
-    return away.double().mean().item()
+    x_of, y_of = layer.centres(x)
+    columns, rows = positions[:, :, 0] + x_of, positions[:, :, 1] + y_of[:, None]
+    height, width = x.shape[2:]
+    inside = (columns >= -0.5) & (columns <= width - 0.5) & (rows >= -0.5) & (rows <= height - 0.5)
+    return 1 - inside.double().mean().item()
 
 
 def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
