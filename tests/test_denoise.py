@@ -29,7 +29,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def filters(samples, **options):
+def filters(slice_size, **options):
     """Every kind once, with a geometry that is far from its start, and the layer that has the same geometry."""
     paper = {"parametrization": "cholesky", "drift": "sigmoid_norm", "pattern": "polar", "eps_omega": 0.5}
     rays = {"sampling": "rays"}  # what the filters have
@@ -38,11 +38,11 @@ def filters(samples, **options):
     # polar: all radii of a direction are read off one geodesic, whatever the slice
     geodesic = ours | {"pattern": "polar", "ball": "geodesic", "steps": 2}
     made = [
-        (MetricFilter2d(2, 5, samples=samples, **options), MetricConv2d(2, 2, 5, **rays, **paper)),
-        (MetricFilter2d(2, 5, samples=samples, **onion, **options), MetricConv2d(2, 2, 5, **rays, **onion)),
-        (MetricFilter2d(2, 3, samples=samples, **ours, **options), MetricConv2d(2, 2, 3, **rays, **ours)),
-        (MetricFilter2d(2, 3, samples=samples, **geodesic, **options), MetricConv2d(2, 2, 3, **rays, **geodesic)),
-        (DeformFilter2d(2, 5, samples=samples, **options), DeformConv2d(2, 2, 5)),
+        (MetricFilter2d(2, 5, slice_size=slice_size, **options), MetricConv2d(2, 2, 5, **rays, **paper)),
+        (MetricFilter2d(2, 5, slice_size=slice_size, **onion, **options), MetricConv2d(2, 2, 5, **rays, **onion)),
+        (MetricFilter2d(2, 3, slice_size=slice_size, **ours, **options), MetricConv2d(2, 2, 3, **rays, **ours)),
+        (MetricFilter2d(2, 3, slice_size=slice_size, **geodesic, **options), MetricConv2d(2, 2, 3, **rays, **geodesic)),
+        (DeformFilter2d(2, 5, slice_size=slice_size, **options), DeformConv2d(2, 2, 5)),
     ]
     with torch.no_grad():
         for model, _ in made:
@@ -75,7 +75,7 @@ def test_slices_equal_the_whole_and_its_gradients(double, taps, geometry):
 
 def test_gradcheck(double):
     x = torch.rand(1, 1, 4, 5, requires_grad=True)
-    model = MetricFilter2d(1, 3, samples=2 * 20, fixed_kernel=False, centre=True)
+    model = MetricFilter2d(1, 3, slice_size=2 * 20, fixed_kernel=False, centre=True)
     torch.nn.init.normal_(model.predictor.weight, 0, 0.2)
     torch.nn.init.normal_(model.predictor.bias, 0.7, 0.1)
     assert torch.autograd.gradcheck(lambda x: model(x), (x,))

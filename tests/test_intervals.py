@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
 pytest.importorskip("scipy", reason="needs the extra [recipes]")
+
+from scipy import stats
 
 from timm_metricconv.recipes.intervals import Difference, mean_interval, paired_difference
 

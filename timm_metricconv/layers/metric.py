@@ -252,19 +252,19 @@ class MetricConv2d(BallConv2d):
 
 @torch.no_grad()
 def init_predictor(
-    predictor: nn.Conv2d, row: Parametrization, init: str, scale: Tuple[float, float], groups: int = 1
+    predictor: nn.Conv2d, row: Parametrization, init: str, scale: Tuple[float, float], metric_groups: int = 1
 ) -> None:
-    """Initialises a predictor of `groups` metrics, and of masks after them; see `MetricConv2d.reset_predictor`."""
+    """Initialises a predictor of metrics, and of masks after them; see `MetricConv2d.reset_predictor`."""
     assert predictor.bias is not None, "predictors have one"
     shape, device = predictor.weight.shape, predictor.weight.device
     weight, bias = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.float64, device=device)
     if init == "identity":
         values = torch.tensor(row.identity(scale), dtype=bias.dtype, device="cpu")
-        bias[: groups * row.channels].view(groups, row.channels)[:, : row.channels - 2] = values.to(bias)
+        bias[: metric_groups * row.channels].view(metric_groups, row.channels)[:, : row.channels - 2] = values.to(bias)
     else:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d
         for number, channel in enumerate(weight):
-            kind = number % row.channels if number < groups * row.channels else -1
+            kind = number % row.channels if number < metric_groups * row.channels else -1
             if kind in row.uniform_rows:
                 channel.fill_(1 / channel.numel())
             elif kind not in row.default_rows:

@@ -67,7 +67,7 @@ class Variant:
     Attributes:
         affine: The samples come as affine maps, not positions.
         mask: They are modulated.
-        groups: The kernel has four groups and there are eight balls.
+        groups: The kernel has four groups and there are eight metric groups.
         depthwise: Every channel is a group.
     """
 
@@ -185,7 +185,7 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
         A record for each kernel: kernel, arch, dtype, variant, registers and spills (of a thread), shared_bytes,
         programs_per_sm, tensor_cores (matrix instructions in its code), warps and tile.
     """
-    balls = 8 if variant.groups else 1
+    metric_groups = 8 if variant.groups else 1
     groups = CHANNELS if variant.depthwise else 4 if variant.groups else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,9 +193,9 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
 
     arguments = Arguments(
         empty(BATCH, CHANNELS, SIZE, SIZE, dtype=dtype),
-        empty(BATCH, balls * 6, SIZE, SIZE) if variant.affine else empty(BATCH, balls * K * K, 2, SIZE, SIZE),
+        empty(BATCH, *((metric_groups * 6,) if variant.affine else (metric_groups * K * K, 2)), SIZE, SIZE),
         empty(CHANNELS, CHANNELS // groups, K, K, dtype=dtype),
-        empty(BATCH, balls * K * K, SIZE, SIZE) if variant.mask else None,
+        empty(BATCH, metric_groups * K * K, SIZE, SIZE) if variant.mask else None,
         [1, 1],
         [1, 1],
         [1, 1],

@@ -18,7 +18,7 @@ from ..layers.metric import check_ball, init_predictor
 from .sliced import Slice, sliced_conv2d
 
 # Samples (taps × pixels × images) that are in memory at once: a dozen tensors of this many float32 numbers.
-SLICE_SAMPLES = 2**20
+SLICE_SIZE = 2**20
 
 
 def _ranges(total: int, step: int) -> Iterator[slice]:
@@ -45,7 +45,7 @@ class _Filter(nn.Module):
         kernel_size: int,
         size: Optional[Sequence[int]],
         centre: bool,
-        samples: int,
+        slice_size: int,
         pattern: str,
         fixed_kernel: bool,
     ):
@@ -56,7 +56,7 @@ class _Filter(nn.Module):
             raise ValueError(f"size={size}: expected (height, width).")
         points = PATTERNS[_choice("pattern", pattern, list(PATTERNS))](kernel_size)
         self.channels, self.kernel_size, self.pattern = channels, kernel_size, pattern
-        self.size, self.samples = None if size is None else (size[0], size[1]), samples
+        self.size, self.slice_size = None if size is None else (size[0], size[1]), slice_size
         self.register_buffer("points", points.to(torch.get_default_dtype()), persistent=False)
         taps, learnt = kernel_size**2, not fixed_kernel
         share = 1 / (taps + centre)
@@ -103,7 +103,7 @@ class _MetricFilter(_Filter):
 
     def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
         fields = torch.stack(tuple(self.metric(x)), 1)  # [B, 5, H, W]
-        points, count = self.points, max(1, self.samples // max(1, fields[:, 0].numel()))
+        points, count = self.points, max(1, self.slice_size // max(1, fields[:, 0].numel()))
         # a geodesic is followed once, so all radii of a direction are in the same slice
         rows = points.shape[0] if self.steps else min(count, points.shape[0])
         index = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
@@ -130,7 +130,7 @@ class MetricFilter2d(_MetricFilter):
         size: (height, width) for a geometry that is a free parameter at every pixel of images of this size (parameter
             `raw`); by default a convolution predicts it, as in `MetricConv2d`.
         centre: One more sample, in the centre.
-        samples: Bound on the samples in memory at once.
+        slice_size: Most taps × pixels × images that are in memory at once.
         parametrization: See `MetricConv2d`.
         drift: See `MetricConv2d`.
         pattern: See `MetricConv2d`.
@@ -150,7 +150,7 @@ class MetricFilter2d(_MetricFilter):
         *,
         size: Optional[Sequence[int]] = None,
         centre: bool = False,
-        samples: int = SLICE_SAMPLES,
+        slice_size: int = SLICE_SIZE,
         parametrization: str = "cholesky",
         drift: str = "sigmoid_norm",
         pattern: str = "polar",
@@ -167,7 +167,7 @@ class MetricFilter2d(_MetricFilter):
             raise ValueError(f"eps_omega={eps_omega!r}: expected a number above 0 and up to 1.")
         self.eps_omega, self.predicted, self.eps = eps_omega, row.channels, row.eps
         self.steps = _steps(ball, steps)
-        super().__init__(channels, kernel_size, size, centre, samples, pattern, fixed_kernel)
+        super().__init__(channels, kernel_size, size, centre, slice_size, pattern, fixed_kernel)
         if self.predictor is not None:
             init_predictor(self.predictor, row, "paper", (0.1, 1.5))
         if self.size is not None:
@@ -205,7 +205,7 @@ class ImageMetricFilter2d(_MetricFilter):
         ball: "tangent" or "geodesic", see `MetricConv2d`.
         steps: Of a geodesic, see `geometry.geodesic_positions`.
         centre: One more sample, in the centre.
-        samples: Bound on the samples in memory at once.
+        slice_size: Most taps × pixels × images that are in memory at once.
         **metric: Arguments of `geometry.image_metric`: scale, anisotropy, tau (the drift's strength), along.
 
     Raises:
@@ -221,10 +221,10 @@ class ImageMetricFilter2d(_MetricFilter):
         ball: str = "tangent",
         steps: int = 1,
         centre: bool = False,
-        samples: int = SLICE_SAMPLES,
+        slice_size: int = SLICE_SIZE,
         **metric,
     ):
-        super().__init__(channels, kernel_size, None, centre, samples, pattern, fixed_kernel=True)
+        super().__init__(channels, kernel_size, None, centre, slice_size, pattern, fixed_kernel=True)
         self.arguments, self.steps = metric, _steps(ball, steps)
 
     def metric(self, x: Tensor) -> Metric:
@@ -244,7 +244,7 @@ class DeformFilter2d(_Filter):
         size: (height, width) for offsets that are free parameters at every pixel of images of this size (`offsets`); by
             default a convolution predicts them, as in `DeformConv2d`, and slice by slice as well.
         centre: One more sample, in the centre.
-        samples: Bound on the samples in memory at once.
+        slice_size: Most taps × pixels × images that are in memory at once.
         fixed_kernel: Uniform and without gradient (FKW), or learnable from uniform on (LKW).
 
     Raises:
@@ -258,16 +258,16 @@ class DeformFilter2d(_Filter):
         *,
         size: Optional[Sequence[int]] = None,
         centre: bool = False,
-        samples: int = SLICE_SAMPLES,
+        slice_size: int = SLICE_SIZE,
         fixed_kernel: bool = True,
     ):
         self.predicted = 2 * kernel_size**2
-        super().__init__(channels, kernel_size, size, centre, samples, "lattice", fixed_kernel)
+        super().__init__(channels, kernel_size, size, centre, slice_size, "lattice", fixed_kernel)
         if self.predictor is not None:
             nn.init.constant_(self.predictor.weight, 1e-6)
             nn.init.constant_(self.predictor.bias, 0.0)  # type: ignore[arg-type]
         if self.size is not None:
-            parts = _ranges(kernel_size**2, samples // (self.size[0] * self.size[1]))
+            parts = _ranges(kernel_size**2, slice_size // (self.size[0] * self.size[1]))
             self.offsets = nn.ParameterList(torch.zeros(1, p.stop - p.start, 2, *self.size) for p in parts)
 
     def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
@@ -285,5 +285,5 @@ class DeformFilter2d(_Filter):
             yield [(taps, predicted)], (x, *(parameter[rows] for parameter in self.predictor.parameters()))
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
-        step = self.offsets[0].shape[1] if self.size else self.samples // max(1, x[:, 0].numel())
+        step = self.offsets[0].shape[1] if self.size else self.slice_size // max(1, x[:, 0].numel())
         return _ranges(self.kernel_size**2, step)
