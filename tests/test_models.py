@@ -122,6 +122,22 @@ print(json.dumps([before, state()]))
     assert set(after["modules"]) - set(before["modules"]) == {"ball_resnet", "ball_convnext"}
 
 
+@pytest.mark.slow
+def test_scripts_of_timm_know_our_models_and_so_do_their_children(tmp_path):
+    script = tmp_path / "bulk.py"
+    script.write_text(
+        "import subprocess, sys, timm, helper\n"
+        "print(sys.argv[1:], timm.is_model('resnet18_metric'), flush=True)\n"
+        "if len(sys.argv) == 2: subprocess.run([sys.executable, __file__], check=True)\n"
+    )
+    (tmp_path / "helper.py").touch()  # a script finds what stands beside it
+    command = [sys.executable, "-m", "timm_metricconv.run"]
+    ran = subprocess.run([*command, str(script), "--all"], capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["['--all'] True", "[] True"], ran.stderr
+    refused = subprocess.run([*command, "--model"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (2, "expected the path of a script, got --model\n")
+
+
 @names
 def test_tags_are_timms(name):
     size, family = name.rsplit("_", 1)

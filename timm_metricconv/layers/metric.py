@@ -273,5 +273,5 @@ def init_predictor(
         if hasattr(parameter, "device_mesh"):  # a shard of FSDP2 takes no plain tensor
             from torch.distributed.tensor import distribute_tensor
 
-            new = distribute_tensor(new, parameter.device_mesh, parameter.placements)  # type: ignore[arg-type]
+            new = distribute_tensor(new, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
         parameter.copy_(new)
