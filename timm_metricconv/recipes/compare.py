@@ -19,7 +19,7 @@ from .launch import LaunchConfig, run_all
 from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
 from .run import check_same_run, read_curves, write_config
-from .settings import RunConfig, Seed, TrainConfig
+from .settings import RunConfig, Seed, TaskName, TrainConfig
 from .train import TASKS
 
 CONVS = ("standard", *reversed(FAMILIES))
@@ -56,7 +56,7 @@ class CompareConfig(LaunchConfig, RunConfig):
     """A comparison."""
 
     name: str = option("compare", "name of the comparison")
-    task: Literal["classification", "segmentation"] = option("classification", "what is learnt, from `train`'s data")
+    task: TaskName = option("classification", "what is learnt, from `train`'s data")
     model: str = option("resnet18", "timm's name of the standard network; <name>_metric, _deform, _shifted are ours")
     model_args: Dict[str, Any] = option({}, "arguments of all networks: stem, layout, stages, conv_cfg")
     conv: List[str] = option(list(CONVS), f"which of {', '.join((*CONVS, *OTHERS, *VARIANTS))} and the variants")

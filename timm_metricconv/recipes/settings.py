@@ -54,6 +54,7 @@ def _known_optimiser(name: str) -> str:
 
 Optimiser = Annotated[str, AfterValidator(_known_optimiser)]
 Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+TaskName = Literal["classification", "segmentation"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -120,7 +121,7 @@ class TrainConfig(DataConfig, NetworkConfig, RunConfig):
     """A training run."""
 
     name: str = option("train", "name of the run")
-    task: Literal["classification", "segmentation"] = option("classification", "what is learnt")
+    task: TaskName = option("classification", "what is learnt")
     decoder: str = option("Unet", "task=segmentation: architecture of segmentation-models-pytorch over `model`")
     decoder_args: Dict[str, Any] = option({}, "task=segmentation: its arguments, e.g. decoder_channels")
     epochs: PositiveInt = option(10, "epochs")

@@ -31,10 +31,10 @@ from .network import check_images, parameter_counts, parameter_groups, predictor
 from .report import console, csv_text, print_table, save_figure, write_atomic
 from .run import check_same_run, progress, read_curves, write_config
 from .segment import SEGMENTATION
-from .settings import TrainConfig
+from .settings import TaskName, TrainConfig
 from .tasks import CLASSIFICATION, Task
 
-TASKS: Dict[str, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+TASKS: Dict[TaskName, Task] = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
 # Steps between two looks at the loss: a look waits for the device.
 CHECK_EVERY = 50
 
