@@ -116,7 +116,8 @@ def config_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     # inside the package where it was installed, beside it in a copy of the repository
-    ours = {path.stem: path for folder in (PACKAGE.parent, PACKAGE) for path in folder.glob("configs/*.yaml")}
+    folder = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+    ours = {path.stem: path for path in folder.glob("*.yaml")}
     if name not in ours:
         near = difflib.get_close_matches(name, ours, n=1)
         raise ConfigError(f"--config: there is no file {name!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
