@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import torch
 
-from .denoise_cells import Cell, DenoiseConfig, check, make_cells
+from .denoise_cells import Cell, DenoiseConfig, make_cells
 from .denoise_data import image_paths, to_grey
 from .denoise_fit import fit_data_set, fit_image, save
 from .denoise_plots import plot_curves, plot_results
@@ -28,10 +28,9 @@ def denoise(config: DenoiseConfig) -> List[Dict[str, Any]]:
         (test − train) / train, and paper_gap; of a data set without the last, and with kernel and parameters.
 
     Raises:
-        ConfigError: The configuration cannot be used, or the folder holds another experiment.
+        ConfigError: The data cannot be had, or the folder holds another experiment.
         RecipeError: A loss is not finite.
     """
-    check(config)
     single = config.data == "image"
     if single:
         clean = to_grey(load_image(config.image), config.size)[None]

@@ -40,7 +40,11 @@ Margin = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class DenoiseConfig(RunConfig):
-    """A denoising experiment."""
+    """A denoising experiment.
+
+    Raises:
+        ConfigError: A value is out of its range, a list is empty, or two settings do not fit each other.
+    """
 
     name: str = option("denoise", "name of the experiment")
     data: Literal["image", "bsds300", "voc2012", "skimage"] = option("image", "one image, or a data set")
@@ -64,6 +68,30 @@ class DenoiseConfig(RunConfig):
     batch_size: PositiveInt = option(8, "data sets: images in a batch")
     workers: NonNegativeInt = option(0, "data sets: loader processes")
     seed: int = option(0, "of the noise, and of the predictor")
+
+    def __post_init__(self) -> None:
+        for key in ("k", "sigma", "method", "kernel"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key}: the list is empty, there is nothing to do.")
+        if "metric" in self.method and not self.eps_omega:
+            raise ConfigError("eps_omega: the list is empty; method metric needs a margin.")
+        if self.data == "image" and self.kernel != ["fixed"]:
+            raise ConfigError("kernel: with data=image the geometry is what is fitted, the kernel is fixed.")
+        heuristics = [method for method in self.method if method in HEURISTICS]
+        if heuristics and self.data != "image":
+            raise ConfigError(
+                f"method: {', '.join(heuristics)} need data=image; on a data set they have nothing to train."
+            )
+        try:
+            image_metric(torch.zeros(1, 1, 1, 1), **self.metric)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"metric: {error}") from None
+        known = PAPER_LR["deform", None]
+        missing = [k for k in self.k if k not in known]
+        for method in self.method:
+            if self.data == "image" and method not in HEURISTICS and missing and learning_rate(self, method) is None:
+                rates = f"the paper gives learning rates for k = {', '.join(map(str, known))}"
+                raise ConfigError(f"lr_{method}: {rates}; for k = {', '.join(map(str, missing))} set it.")
 
 
 class Cell(NamedTuple):
@@ -104,31 +132,3 @@ def make_cells(config: DenoiseConfig) -> List[Cell]:
 def learning_rate(config: DenoiseConfig, method: str) -> Optional[float]:
     """The configured learning rate of a method."""
     return config.lr_deform if method == "deform" else config.lr_metric
-
-
-def check(config: DenoiseConfig) -> None:
-    """Refuses what cannot be run before anything runs.
-
-    Raises:
-        ConfigError: A value is out of its range, a list is empty, or two settings do not fit each other.
-    """
-    for key in ("k", "sigma", "method", "kernel"):
-        if not getattr(config, key):
-            raise ConfigError(f"{key}: the list is empty, there is nothing to do.")
-    if "metric" in config.method and not config.eps_omega:
-        raise ConfigError("eps_omega: the list is empty; method metric needs a margin.")
-    if config.data == "image" and config.kernel != ["fixed"]:
-        raise ConfigError("kernel: with data=image the geometry is what is fitted, the kernel is fixed.")
-    heuristics = [method for method in config.method if method in HEURISTICS]
-    if heuristics and config.data != "image":
-        raise ConfigError(f"method: {', '.join(heuristics)} have nothing to train on a data set; they need data=image.")
-    try:
-        image_metric(torch.zeros(1, 1, 1, 1), **config.metric)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"metric: {error}") from None
-    known = PAPER_LR["deform", None]
-    missing = [k for k in config.k if k not in known]
-    for method in config.method:
-        if config.data == "image" and method not in HEURISTICS and missing and learning_rate(config, method) is None:
-            rates = f"the paper gives learning rates for k = {', '.join(map(str, known))}"
-            raise ConfigError(f"lr_{method}: {rates}; for k = {', '.join(map(str, missing))} set it.")
