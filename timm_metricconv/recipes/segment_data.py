@@ -121,9 +121,9 @@ def _files(folder: Path) -> Dict[str, Path]:
 def _mask(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ConfigError(f"data: {path} is in colour ({image.mode}); a mask's pixels are class numbers.")
+            raise ValueError(f"{path} is in colour ({image.mode}); a mask's pixels are class numbers.")
         if image.format == "JPEG":
-            raise ConfigError(f"data: {path} is a JPEG file, which changes class numbers; save masks as PNG files.")
+            raise ValueError(f"{path} is a JPEG file, which changes class numbers; save masks as PNG files.")
         return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
 
 
@@ -140,8 +140,8 @@ def _pairs(root: str, split: str) -> Tuple[Tuple[Path, Path, Tuple[int, ...]], .
     for name, image in images.items():
         try:
             mask, size = _mask(masks[name]), read_image(image).size
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"data: {split}: {name!r} cannot be read; remove it or put it right: {error}") from None
+        except Exception as error:  # each of Pillow's decoders has exceptions of its own
+            raise ConfigError(f"data: {split}: {name!r} cannot be used; remove it or put it right: {error}") from None
         if size != mask.shape[::-1]:
             sizes = f"{size[0]}×{size[1]}, its mask {mask.shape[1]}×{mask.shape[0]} pixels"
             raise ConfigError(f"data: {image} is {sizes} (each turned as its EXIF orientation says).")

@@ -74,7 +74,7 @@ def load_image(name: str, size: int = 0) -> "np.ndarray":
     if Path(name).is_file():
         try:
             picture = read_image(name)
-        except (OSError, pillow.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders has exceptions of its own
             raise ConfigError(f"image: {name!r} is no image that Pillow can read ({error}).") from None
     else:
         library, parts = need("skimage.data", "scikit-image"), []
