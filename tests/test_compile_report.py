@@ -25,9 +25,9 @@ KEYS = {"kernel", "arch", "dtype", "variant", "registers", "spills", "shared_byt
     "variant, dtype",
     [
         (Variant(), torch.bfloat16),
-        (Variant(metric=True, mask=True, groups=True), torch.bfloat16),
-        (Variant(metric=True), torch.float32),
-        (Variant(metric=True, mask=True, groups=True, depthwise=True), torch.bfloat16),
+        (Variant(affine=True, mask=True, groups=True), torch.bfloat16),
+        (Variant(affine=True), torch.float32),
+        (Variant(affine=True, mask=True, groups=True, depthwise=True), torch.bfloat16),
     ],
     ids=str,
 )
@@ -44,11 +44,11 @@ def test_every_kernel_fits_the_registers(arch, variant, dtype):
             assert record["tensor_cores"] > 0, record
 
 
-@pytest.mark.parametrize("metric", (False, True))
+@pytest.mark.parametrize("affine", (False, True))
 @compiles
 @fits
-def test_two_forward_programs_share_a_hopper_processor(metric):
-    record = compile_kernels("sm_90", torch.bfloat16, Variant(metric, mask=True), backward=False)[0]
+def test_two_forward_programs_share_a_hopper_processor(affine):
+    record = compile_kernels("sm_90", torch.bfloat16, Variant(affine, mask=True), backward=False)[0]
     assert record["programs_per_sm"] >= 2 and record["warps"] == 8, record
 
 

@@ -18,20 +18,20 @@ compiled = pytest.importorskip("timm_metricconv.ops.compiled", reason="needs num
 ROOT = Path(__file__).parent.parent
 
 
-def problem(seed, depthwise, metric, dtype=torch.float32, **fixed):
+def problem(seed, depthwise, affine, dtype=torch.float32, **fixed):
     """Leaves (x, source, weight, bias, mask), and the function of them that a backend computes."""
     choose = random.Random(seed)
     sizes = {
         "batch": choose.choice([1, 2, 3]),
-        "runs": choose.choice([1, 2, 3]),
+        "balls": choose.choice([1, 2, 3]),
         "width": choose.choice([1, 4, 16, 20, 32]),  # channels of a metric group
         "k": choose.choice([1, 2, 3, 5]),
         "size": (choose.choice([1, 2, 5, 9]), choose.choice([1, 3, 8])),
         "mask": choose.random() < 0.5,
         "bias": choose.random() < 0.5,
     } | fixed
-    k, channels = sizes["k"], sizes["runs"] * sizes["width"]
-    groups = channels if depthwise else choose.choice([1, sizes["runs"]])
+    k, channels = sizes["k"], sizes["balls"] * sizes["width"]
+    groups = channels if depthwise else choose.choice([1, sizes["balls"]])
     out_channels = channels if depthwise else groups * choose.choice([1, 3])
     stride, dilation = ([choose.choice([1, 2]) for _ in "yx"] for _ in range(2))
     padding = [d * (k - 1) for d in dilation]
@@ -39,10 +39,10 @@ def problem(seed, depthwise, metric, dtype=torch.float32, **fixed):
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, s in zip(sizes["size"], padding, dilation, stride, strict=True)
     ]
-    shape = sizes["batch"], sizes["runs"], k * k, *out
-    if metric:
-        source = 0.3 * torch.randn(shape[0], shape[1], 5, *out)
-        source[:, :, [0, 2]] += 1
+    shape = sizes["batch"], sizes["balls"], k * k, *out
+    if affine:
+        source = 0.3 * torch.randn(shape[0], shape[1], 6, *out)
+        source[:, :, [0, 3]] += 1
         source = source.flatten(1, 2)
     else:
         source = 1.5 * torch.randn(*shape[:3], 2, *out).flatten(1, 2)
@@ -53,11 +53,11 @@ def problem(seed, depthwise, metric, dtype=torch.float32, **fixed):
     }
     leaves |= {"bias": torch.randn(out_channels, dtype=dtype)} if sizes["bias"] else {}
     leaves |= {"mask": torch.rand(shape).flatten(1, 2)} if sizes["mask"] else {}
-    points = PATTERNS["lattice"](k, tuple(dilation))
+    points = PATTERNS["lattice"](k, tuple(dilation))[0]
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
     def function(source, backend="compiled", **others):
-        samples = Samples(source, points.to(source), 1e-6) if metric else source
+        samples = Samples(source, points.to(source)) if affine else source
         return ball_conv2d(samples=samples, backend=backend, **geometry, **others)
 
     return leaves, function
@@ -80,11 +80,11 @@ def compare_with_reference(function, leaves, tolerance):
         assert error <= tolerance * (1e-2 + size), f"{key}: {error} of {size}"
 
 
-@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("depthwise", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_equals_the_reference(seed, depthwise, metric):
-    leaves, function = problem(seed, depthwise, metric)
+def test_equals_the_reference(seed, depthwise, affine):
+    leaves, function = problem(seed, depthwise, affine)
     compare_with_reference(function, leaves, 1e-4)
 
 
@@ -98,7 +98,7 @@ def test_equals_the_reference_in_bfloat16(depthwise):
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_any_memory_layout(depthwise):
     """x, source and mask as slices, transposed, and channels-last."""
-    leaves, function = problem(1, depthwise, True, size=(6, 5), mask=True, batch=2, runs=2)
+    leaves, function = problem(1, depthwise, True, size=(6, 5), mask=True, batch=2, balls=2)
     expected = run(function, leaves)
     for lay in (
         lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -110,27 +110,24 @@ def test_any_memory_layout(depthwise):
             torch.testing.assert_close(value, expected[key], msg=key)
 
 
-@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("depthwise", [True, False])
-def test_a_batch_of_nothing(depthwise, metric):
-    leaves, function = problem(2, depthwise, metric, batch=0)
+def test_a_batch_of_nothing(depthwise, affine):
+    leaves, function = problem(2, depthwise, affine, batch=0)
     for key, value in run(function, leaves).items():
         assert value.shape == leaves[key].shape if key in leaves else value.numel() == 0, key
         assert not value.any(), key
 
 
-@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -1e20])
-def test_samples_that_are_nowhere_read_zero(value, metric):
+def test_samples_that_are_nowhere_read_zero(value, affine):
     """A wild index would read other memory or end the process; a sample far away has no gradient either."""
-    leaves, function = problem(3, True, metric, size=(5, 8), bias=False, mask=False, k=2)
-    if metric:  # NaN in A; a huge drift that keeps F at its floor is tested elsewhere
-        leaves["source"].fill_(float("nan"))
-    else:
-        leaves["source"].fill_(value)
+    leaves, function = problem(3, True, affine, size=(5, 8), bias=False, mask=False, k=2)
+    leaves["source"].fill_(value)
     actual = run(function, leaves)
     assert not actual["out"].any() and not actual["x"].any() and not actual["weight"].any()
-    if not metric:
+    if not affine:
         assert not actual["source"].any()
 
 
@@ -154,7 +151,7 @@ def test_only_the_gradients_that_are_wanted(depthwise, needs):
 def test_threads_change_nothing(depthwise, monkeypatch):
     """A thread that wrote where another does, or a piece that was left out, would show."""
     monkeypatch.setattr(compiled, "THREAD_NUMBERS", 1)
-    leaves, function = problem(5, depthwise, True, batch=3, runs=2, width=32, k=3, size=(9, 8), mask=True)
+    leaves, function = problem(5, depthwise, True, batch=3, balls=2, width=32, k=3, size=(9, 8), mask=True)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -164,21 +161,21 @@ def test_threads_change_nothing(depthwise, monkeypatch):
         torch.set_num_threads(before)
     for other in results[1:]:
         for key, value in results[0].items():
-            if depthwise:
+            if depthwise and key in ("out", "x"):
                 assert torch.equal(value, other[key]), key
-            else:  # the slabs differ, and with them the order of a matrix product's sums
+            else:  # blocks of channels and slabs differ, and with them the order of sums
                 torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_many_slabs(depthwise, monkeypatch):
     monkeypatch.setattr(compiled.gather, "SLAB_BYTES", 1)
-    leaves, function = problem(6, depthwise, True, batch=3, runs=2, width=16, k=3, size=(9, 8), mask=True)
+    leaves, function = problem(6, depthwise, True, batch=3, balls=2, width=16, k=3, size=(9, 8), mask=True)
     compare_with_reference(function, leaves, 1e-4)
 
 
 def test_two_callers_at_once():
-    leaves, function = problem(7, True, True, batch=2, runs=2, width=32, k=5, size=(9, 8))
+    leaves, function = problem(7, True, True, batch=2, balls=2, width=32, k=5, size=(9, 8))
     expected = run(function, leaves)
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: run(function, leaves), range(16)):
@@ -190,7 +187,7 @@ class Convolved(Dataset):
     """Runs the op in a worker."""
 
     def __init__(self, threads):
-        self.leaves, self.function = problem(8, True, True, batch=2, runs=2, width=32, k=5, size=(9, 8))
+        self.leaves, self.function = problem(8, True, True, batch=2, balls=2, width=32, k=5, size=(9, 8))
         self.threads = threads
 
     def __len__(self):
@@ -204,7 +201,7 @@ class Convolved(Dataset):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_works_in_a_fork_of_a_process_that_has_used_it(threads, monkeypatch):
-    """Threads do not survive a fork: a pool that outlived its call would wait for ever, as torch's own does."""
+    """OpenMP's threads do not survive a fork: a process that waited for them would wait for ever."""
     monkeypatch.setattr(compiled, "THREAD_NUMBERS", 1)
     data = Convolved(threads)
     expected = data.function(**data.leaves)
@@ -217,7 +214,8 @@ def test_imports_without_numba():
     code = (
         "import sys; sys.modules['numba'] = None; import torch; from timm_metricconv.ops import BACKENDS, ball_conv2d;"
     )
-    code += "assert BACKENDS['compiled'].why_not('cpu', 4) == 'numba is not installed, or fails here';"
+    code += "x = torch.ones(1, 2, 3, 3);"
+    code += "assert BACKENDS['compiled'].why_not(x, x, x, 1) == 'numba is not installed, or fails here';"
     code += "print(ball_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 2, 3, 3), torch.ones(1, 2, 1, 1)).sum())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "18" in done.stdout
@@ -227,7 +225,7 @@ def test_imports_where_nothing_can_be_written():
     """Numba raises where it finds no place for its cache; every process then compiles for itself."""
     code = "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
     code += "from timm_metricconv.ops import compiled;"
-    code += "assert isinstance(compiled._backward._cache, caching.NullCache)"
+    code += "assert compiled._machine_code(compiled._run_columns).address"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

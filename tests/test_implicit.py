@@ -15,10 +15,10 @@ from timm_metricconv.geometry import (
     asymmetry,
     fit_randers,
     image_metric,
+    ray_positions,
     star_hull,
     unit_ball,
 )
-from timm_metricconv.ops import Samples, place
 
 ANGLES = torch.linspace(0, 2 * math.pi, 91)
 
@@ -38,7 +38,7 @@ def random_metrics(count, tau, seed=0):
 
 def sample(points, metric):
     """Positions `[1, K, 2, N, 1]` of N metrics."""
-    return place(Samples(torch.stack(metric)[None, :, :, None], points, 0.0))
+    return ray_positions(Metric(*(part[None, :, None, None] for part in metric)), points)
 
 
 def at_lattice(points):
@@ -130,7 +130,7 @@ def test_a_shifted_lattice_reads_as_a_drift_against_the_shift():
 
 def test_a_metric_layer_gives_its_own_metric():
     torch.manual_seed(0)
-    layer = MetricConv2d(3, 4, 3).double()
+    layer = MetricConv2d(3, 4, 3, sampling="rays").double()
     torch.nn.init.normal_(layer.predictor.weight, std=0.3)
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
     m, omega = layer.metric(x)

@@ -547,9 +547,9 @@ def test_offsets_have_torchvisions_order(layer, modulated):
 def test_modulated_metric():
     layer, x = bend(MetricConv2d(4, 6, 3, modulated=True), 1.0), torch.randn(2, 4, 9, 8)
     raw = layer.predictor(x)
-    assert raw.shape[1] == 5 + 9
+    assert raw.shape[1] == 6 + 9
     offset = (layer.positions(x) - layer.points[0][None, :, :, None, None]).flip(2).flatten(1, 2)
-    mask = 2 * raw[:, 5:].sigmoid()
+    mask = 2 * raw[:, 6:].sigmoid()
     expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=(1, 1), mask=mask)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -563,7 +563,7 @@ def test_unbounded_modulation_is_dcnv4s_sum():
     bend(layer, 2.0)
     positions, mask = layer.positions(x), layer.density(layer.predict(x))
     assert mask.min() < 0 and mask.max() > 2
-    torch.testing.assert_close(mask, 1 + layer.predictor(x)[:, 10:])
+    torch.testing.assert_close(mask, 1 + layer.predictor(x)[:, 12:])
     offset = (positions - layer.points[0].repeat(2, 1)[None, :, :, None, None]).flip(2).flatten(1, 2)
     expected = deform_conv2d(x, offset, torch.ones(8, 1, 3, 3), padding=(1, 1), mask=mask)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

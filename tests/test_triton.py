@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_metricconv.ops import BACKENDS
+from timm_metricconv.ops import why_not_on
+from timm_metricconv.ops.triton_fused import _why_not_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,7 +33,7 @@ def test_parity():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes tensors on the CPU")
 def test_says_why_it_cannot_run_on_a_cpu():
-    assert BACKENDS["triton"].why_not("cpu", 4)
+    assert "GPUs" in why_not_on("cpu", "triton")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes all")
@@ -40,14 +41,14 @@ def test_refuses_old_gpus_and_not_amds(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "has 7.5" in BACKENDS["triton"].why_not("cuda", 4)
+    assert "has 7.5" in _why_not_on("cuda")
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert BACKENDS["triton"].why_not("cuda", 4) is None
+    assert _why_not_on("cuda") is None
 
 
 def test_imports_without_triton():
     root = str(Path(__file__).parent.parent)
     code = f"import sys; sys.modules['triton'] = None; sys.path.insert(0, {root!r});"
-    code += "from timm_metricconv.ops import BACKENDS;"
-    code += "assert BACKENDS['triton'].why_not('cuda', 4) == 'triton is not installed'"
+    code += "from timm_metricconv.ops import why_not_on;"
+    code += "assert why_not_on('cpu', 'triton') == 'triton is not installed'"
     subprocess.run([sys.executable, "-c", code], check=True)

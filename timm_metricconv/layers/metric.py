@@ -226,7 +226,8 @@ class MetricConv2d(BallConv2d):
         fields = fields.permute(0, 3, 4, 1, 2).flatten(0, 1)
         spacing = (float(self.stride[0]), float(self.stride[1]))
         positions = geodesic_positions(fields, self.points, self.steps, spacing)
-        return positions.reshape(raw.shape[0], -1, 2, raw.shape[1], raw.shape[2])
+        taps = self.metric_groups * self.points.shape[0] * self.points.shape[1]
+        return positions.reshape(raw.shape[0], taps, 2, raw.shape[1], raw.shape[2])
 
     @torch.jit.ignore
     def metric(self, x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 import operator
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Tuple
@@ -35,6 +36,7 @@ from .samples import FIELDS
 
 # Numbers to read of which a thread has enough to do.
 THREAD_NUMBERS = 2**17
+PROCESS = os.getpid()
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
@@ -637,9 +639,9 @@ def _work(function: Callable, total: int, step: int, sizes: _Sizes, arrays: _Arr
     threads, parallel = min(torch.get_num_threads(), -(-total // step)), _torch_threads()
     if threads <= 1:
         code.ctypes(call.ctypes.data)
-    elif parallel is not None:
+    elif parallel is not None and os.getpid() == PROCESS:
         parallel(code.address, call.ctypes.data, threads, 0)
-    else:
+    else:  # and OpenMP's threads do not survive a fork
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(code.ctypes, [call.ctypes.data] * threads))
 
