@@ -78,7 +78,7 @@ def test_a_known_metric():
 
 def test_residual_tells_a_metric_from_no_metric():
     """Offsets that are those of a metric leave nothing; random ones leave much."""
-    ball, conv = MetricConv2d(3, 4, 3), DeformConv2d(3, 4, 3)
+    ball, conv = MetricConv2d(3, 4, 3, parametrization="logspd", sampling="rays"), DeformConv2d(3, 4, 3)
     with torch.no_grad():
         ball.predictor.bias.copy_(torch.tensor([0.2, 0.3, -0.4, 0.6, 0.8]))
         offsets = ball.positions(IMAGES)[0, :, :, 0, 0] - ball.points.reshape(-1, 2)
@@ -86,6 +86,21 @@ def test_residual_tells_a_metric_from_no_metric():
         explained = diagnose(nn.Sequential(conv), IMAGES)["0"]["residual"]
         conv.predictor.bias.copy_(torch.randn(18))
         assert explained < 1e-3 < 0.05 < diagnose(nn.Sequential(conv), IMAGES)["0"]["residual"]
+
+
+def test_what_of_a_deformable_layer_is_affine():
+    """Offsets that a frame and a wind explain leave no rest; at random two thirds are left."""
+    ball, conv = MetricConv2d(3, 4, 3), DeformConv2d(3, 4, 3)
+    with torch.no_grad():
+        ball.predictor.bias.copy_(torch.tensor([0.2, 0.3, -0.4, 0.6, 0.8, -0.1]))
+        offsets = ball.positions(IMAGES)[0, :, :, 0, 0] - ball.points.reshape(-1, 2)
+        conv.predictor.bias.copy_(offsets.flip(-1).flatten())
+        numbers = diagnose(nn.Sequential(conv), IMAGES)["0"]
+        assert numbers["rest"] < 1e-6 < 0.1 < min(numbers["shift"], numbers["linear"])
+        torch.nn.init.normal_(conv.predictor.weight)
+        numbers = diagnose(nn.Sequential(conv), torch.randn(2, 3, 32, 32))["0"]
+        assert sum(numbers[part] for part in ("shift", "linear", "rest")) == pytest.approx(1)
+        assert 0.5 < numbers["rest"] < 0.85
 
 
 def test_images_come_from_all_classes():
@@ -115,10 +130,10 @@ def test_picture_and_mean():
 def test_metric_groups_count_alike():
     """Two groups of channels, one at rest and one moved: the mean is half of the moved one's."""
     one, two = MetricConv2d(4, 4, 3), MetricConv2d(4, 4, 3, metric_groups=2)
-    raw = torch.tensor([0.2, 0.3, -0.4, 0.6, 0.8])
+    raw = torch.tensor([0.2, 0.3, -0.4, 0.6, 0.8, -0.1])
     with torch.no_grad():
         one.predictor.bias.copy_(raw)
-        two.predictor.bias.copy_(torch.cat((torch.zeros(5), raw)))
+        two.predictor.bias.copy_(torch.cat((torch.zeros(6), raw)))
     x = torch.randn(2, 4, 12, 16)
     alone, both = (diagnose(nn.Sequential(layer), x)["0"] for layer in (one, two))
     for key, rest in (("displacement", 0), ("anisotropy", 1), ("asymmetry", 0), ("outside", alone["outside_at_rest"])):

@@ -200,7 +200,7 @@ def test_raw_channels_at_1e4(parametrization, pattern, dtype):
 
 def test_smallest_margin_keeps_the_radius():
     """The drift straight against a sample, as strong as it gets: float32 still tells F from zero."""
-    layer = MetricConv2d(1, 1, 3, eps_omega=1e-4)
+    layer = MetricConv2d(1, 1, 3, parametrization="logspd", sampling="rays", eps_omega=1e-4)
     drifts = -1e4 * layer.points[0]
     raw = torch.cat((torch.zeros(len(drifts), 3), drifts), 1).T[None, :, :, None].requires_grad_()
     radii = place(layer.samples(raw)).norm(dim=2)

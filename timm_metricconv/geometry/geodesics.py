@@ -59,7 +59,7 @@ def _read(table: Tensor, x: Tensor, y: Tensor, spacing: Tuple[float, float]) -> 
     row = (2 * torch.arange(height - 2, dtype=table.dtype, device=table.device) + 3) / height - 1
     grid = torch.stack((column + x * (2 / (width * spacing[1])), row[:, None] + y * (2 / (height * spacing[0]))), -1)
     values = F.grid_sample(table, grid.flatten(1, 2), padding_mode="border", align_corners=False)
-    return values.reshape(x.shape[0], -1, x.shape[1], x.shape[2], x.shape[3])
+    return values.reshape(x.shape[0], 8, x.shape[1], x.shape[2], x.shape[3])
 
 
 def _slopes(

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..geometry import anisotropy, asymmetry, fit_randers
+from ..geometry import anisotropy, asymmetry, fit_frame, fit_randers
 from ..layers import BallConv2d, MetricConv2d
 
 # Pixels a side of a feature map that the fit of implicit metrics looks at.
 FITTED = 8
+# Of a displacement, see `geometry.FrameFit`.
+PARTS = ("shift", "linear", "rest")
 # What is drawn, with its label.
 QUANTITIES = {
     "displacement": "displacement (px)",
@@ -19,6 +21,7 @@ QUANTITIES = {
     "anisotropy": "anisotropy",
     "asymmetry": "asymmetry",
     "residual": "implicit-metric residual",
+    "rest": "share that is not affine",
 }
 
 Diagnosis = Dict[str, Dict[str, float]]
@@ -53,14 +56,19 @@ def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
     return {**_summarise("anisotropy", anisotropy(metric)), **_summarise("asymmetry", asymmetry(metric, omega))}
 
 
-def _residual(points: Tensor, positions: Tensor) -> Dict[str, float]:
-    """How far the samples are from those of any metric, at some pixels; nothing for a kernel of one tap."""
+def _explained(points: Tensor, positions: Tensor) -> Dict[str, float]:
+    """How far the samples are from those of any metric, and what of their displacement is affine, at some pixels.
+
+    Nothing for a kernel of one tap.
+    """
     radii = torch.linalg.vector_norm(points, dim=-1)
     if not radii.any():
         return {}
     steps = [-(-size // FITTED) for size in positions.shape[3:]]
     thin = positions[..., :: steps[0], :: steps[1]].unflatten(1, (-1, len(radii))).flatten(0, 1)
-    return _summarise("residual", fit_randers(thin, radii).residual)
+    moved = fit_frame(thin, points).moved.double().mean((0, 1, 2))
+    shares = (moved / moved.sum().clamp(min=1e-30)).tolist()
+    return _summarise("residual", fit_randers(thin, radii).residual) | dict(zip(PARTS, shares, strict=True))
 
 
 @torch.no_grad()
@@ -79,8 +87,9 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
         - `outside`, `outside_at_rest`: share of the samples that lie beyond the edge of the layer's input, and that of
           the pattern at rest, which has some where the input is padded.
         - of metric layers `anisotropy` (≥ 1), `asymmetry` (in [0, 1)), each with `_std`: see `geometry`.
-        - of the other layers `residual` (0 to 1), `residual_std`: what no Randers metric explains of the samples
-          (`geometry.fit_randers`).
+        - of the other layers `residual` (0 to 1), `residual_std`: what no Randers metric on rays explains of the samples
+          (`geometry.fit_randers`); and `shift`, `linear`, `rest`: the parts of the mean square displacement that a
+          shift, a linear map and no affine map explain (`geometry.fit_frame`), which add up to one.
 
         Means and spreads are over images, pixels and samples. Empty for a network without adaptive layers.
     """
@@ -94,7 +103,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
             **_summarise("displacement", torch.linalg.vector_norm(positions - rest, dim=2)),
             "outside": _outside(layer, x, positions),
             "outside_at_rest": _outside(layer, x, rest.expand_as(positions)),
-            **(_shape(layer, x) if isinstance(layer, MetricConv2d) else _residual(points, positions)),
+            **(_shape(layer, x) if isinstance(layer, MetricConv2d) else _explained(points, positions)),
         }
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BallConv2d)]
