@@ -87,8 +87,8 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
         - `outside`, `outside_at_rest`: share of the samples that lie beyond the edge of the layer's input, and that of
           the pattern at rest, which has some where the input is padded.
         - of metric layers `anisotropy` (≥ 1), `asymmetry` (in [0, 1)), each with `_std`: see `geometry`.
-        - of the other layers `residual` (0 to 1), `residual_std`: what no Randers metric on rays explains of the samples
-          (`geometry.fit_randers`); and `shift`, `linear`, `rest`: the parts of the mean square displacement that a
+        - of the other layers `residual` (0 to 1), `residual_std`: what no Randers metric explains of the samples on its
+          rays (`geometry.fit_randers`); and `shift`, `linear`, `rest`: the parts of the mean square displacement that a
           shift, a linear map and no affine map explain (`geometry.fit_frame`), which add up to one.
 
         Means and spreads are over images, pixels and samples. Empty for a network without adaptive layers.
