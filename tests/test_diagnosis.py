@@ -106,7 +106,13 @@ def test_what_of_a_deformable_layer_is_affine():
 def test_images_come_from_all_classes():
     config = DataConfig(data="textures", input_size=32, workers=0)
     val = make_datasets(config)[1]
-    cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
+    cfg = {
+        "input_size": (3, 32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
     images = sample_images(make_loader(config, val, cfg, train=False), 6)
     assert images.shape == (6, 3, 32, 32)
     assert torch.equal(images[0], val[0][0]) and torch.equal(images[-1], val[len(val) - 1][0])
