@@ -124,6 +124,10 @@ def test_a_configuration_made_in_python_is_checked_too():
     for wrong in ({"epochs": 0}, {"lr": float("inf")}, {"epoch": 3}, {"conv": ["metric"]}):
         with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: "):
             TrainConfig(**wrong)
+    config = TrainConfig(epochs=3)
+    with pytest.raises(ConfigError, match=r"^epochs: "):
+        config.epochs = 0
+    assert config.epochs == 3
 
 
 def test_amp_no():

@@ -30,9 +30,9 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True))
 class Settings:
-    """Base of the configurations: a pydantic dataclass, whose values are checked when it is made.
+    """Base of the configurations: a pydantic dataclass, whose values are checked when they are set.
 
     Raises:
         ConfigError: A value is of another type or out of its range, in one line.
