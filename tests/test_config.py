@@ -1,5 +1,8 @@
 """Configurations: YAML and command line, types, misspelt keys."""
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional
@@ -197,6 +200,22 @@ def test_broken_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match="not YAML"):
         read_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_text_is_utf_8_whatever_the_locale(encoding, tmp_path):
+    """A file of UTF-8, also with a byte order mark, is read so, and what the terminal has no sign for is a `?`."""
+    (tmp_path / "mine.yaml").write_text("# ± für ein Maß\nname: Maß ±\nsteps: 4\n", encoding=encoding)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from test_config import Example, main\n"
+        "from timm_metricconv.recipes.report import print_table\n"
+        "main(lambda config: print_table([{'a \\xb1 b': config.name, 'n': config.steps}], ascii(config.name)), Example, '')"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), "--config", str(tmp_path / "mine.yaml")]
+    done = subprocess.run(arguments, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"Ma\\xdf \\xb1" in done.stdout and b"4" in done.stdout, done.stderr
 
 
 def test_help(capsys):

@@ -78,6 +78,7 @@ def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
         done = epochs_done(first)
         before = read_curves(first, done)
         assert 1 <= done < TRAIN["epochs"], (tmp_path / "log").read_text()
+        (first / ".lock").write_text("1\nlost.machine\n")  # all nodes of this cluster have one name
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
         assert command.wait() == 0, (tmp_path / "log").read_text()
     finally:

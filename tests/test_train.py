@@ -28,6 +28,7 @@ from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
 from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
+from timm_metricconv.recipes.run import locked
 from timm_metricconv.recipes.train import (
     TrainConfig,
     TrainingDiverged,
@@ -435,11 +436,32 @@ def test_refusals(tmp_path, images, changes, message):
 
 
 def test_another_configuration_is_refused(tmp_path, images):
+    """Other workers too: each loader process augments by a sequence of its own, so the weights would be others."""
     train(tiny(tmp_path, images, epochs=1), quiet=True)
+    with pytest.raises(ConfigError, match=r"another workers \(0 → 1\)"):
+        train(tiny(tmp_path, images, epochs=1, workers=1), quiet=True)
     with pytest.raises(ConfigError, match=r"another lr \(0.002 → 0.5\)"):
         train(tiny(tmp_path, images, epochs=1, lr=0.5), quiet=True)
 
 
+def test_one_process_writes_into_a_folder(tmp_path, images):
+    """Another is refused with the name of the first, and what a killed one left behind stops nobody."""
+    config = tiny(tmp_path, images)
+    code = "import sys, pathlib; from timm_metricconv.recipes.run import locked\n"
+    code += f"with locked(pathlib.Path({str(config.folder)!r})): print('has it', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "has it\n"
+    with pytest.raises(ConfigError, match=f"^output: process {other.pid} on .* is writing into .*run"):
+        train(config, quiet=True)
+    assert [path.name for path in config.folder.iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    with locked(config.folder):
+        pass
+    assert not list(config.folder.iterdir())
+
+
+@pytest.mark.slow
 def test_a_folder_without_a_result_is_free(tmp_path, images):
     """A run that diverged in its first epoch, or was killed in it, does not block the command put right."""
     with pytest.raises(TrainingDiverged, match=r"in epoch 1, step 4\. A lower --lr"):

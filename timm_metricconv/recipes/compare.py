@@ -289,7 +289,7 @@ def _with_earlier_rows(config: CompareConfig) -> CompareConfig:
 
 def _complete_runs(config: CompareConfig, cell: Cell) -> Dict[int, Dict[str, Any]]:
     files = {seed: _run_folder(config, cell, seed) / "summary.json" for seed in config.seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return {seed: json.loads(file.read_bytes()) for seed, file in files.items() if file.exists()}
 
 
 def compare(config: CompareConfig) -> List[Dict[str, Any]]:

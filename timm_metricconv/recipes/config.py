@@ -138,10 +138,10 @@ def read_yaml(path: Union[str, Path], derived: Sequence[Path] = ()) -> Dict[str,
     if chain[-1] in derived:
         raise ConfigError(f"base: the files go round in a circle: {' → '.join(file.name for file in chain)}.")
     try:
-        data = yaml.load(Path(path).read_text(), _Loader)
+        data = yaml.load(Path(path).read_bytes(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"--config: there is no file {str(path)!r}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: this is not YAML: {error}") from None
     if not isinstance(data, (dict, type(None))):
         raise ConfigError(f"{path}: expected `key: value` lines, got a {type(data).__name__}.")
@@ -219,6 +219,8 @@ def main(run: Callable[[C], Any], cls: Type[C], description: Optional[str]) -> N
     program keeps its traceback in any case.
     """
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a locale without ± or × is no reason to lose a result
     try:
         run(from_command_line(cls, description or "", arguments))
     except (RecipeError, OSError, ImportError) as error:

@@ -83,14 +83,14 @@ def read_run(folder: Path) -> Run:
     for name in (WEIGHTS, SETTINGS):
         if not (files / name).is_file():
             raise ConfigError(f"folder: there is no {name} in {str(files)!r}; expected a training run or its model/.")
-    run = Run(load(files), files, json.loads((files / SETTINGS).read_text()))
+    run = Run(load(files), files, json.loads((files / SETTINGS).read_bytes()))
     if files != folder:
         if (folder / "config.yaml").is_file():
-            run.training = yaml.safe_load((folder / "config.yaml").read_text())
+            run.training = yaml.safe_load((folder / "config.yaml").read_bytes())
         if (folder / "summary.json").is_file():
-            run.summary = json.loads((folder / "summary.json").read_text())
+            run.summary = json.loads((folder / "summary.json").read_bytes())
         if (folder / "curves.csv").is_file():
-            with (folder / "curves.csv").open() as file:
+            with (folder / "curves.csv").open(encoding="utf-8") as file:
                 run.last_epoch = list(csv.DictReader(file))[-1]
     return run
 
@@ -198,8 +198,8 @@ def write_repository(config: HubConfig, target: Path) -> ModelCard:
     settings = {**run.settings, "model_args": dict(run.settings.get("model_args", {}))}
     # it stands in the file twice, and transformers' TimmWrapper passes both on
     settings["model_args"].pop("num_classes", None)
-    (target / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    (target / CARD).write_text(str(card))
+    (target / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (target / CARD).write_text(str(card), encoding="utf-8")
     load(target)
     return card
 

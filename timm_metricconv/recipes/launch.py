@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from .config import ConfigError, RecipeError, Settings, option
 from .report import console
+from .run import LOCK
 from .settings import TrainConfig
 from .train import train
 
@@ -45,6 +46,11 @@ def run_all(runs: Sequence[TrainConfig], config: LaunchConfig) -> Iterator[Dict[
 def _train_in(folder: str, run: TrainConfig) -> Dict[str, Any]:
     # a run's paths start where the command was given; the machines of a cluster share that folder
     os.chdir(folder)
+    import ray
+
+    lock, alive = run.folder / LOCK, {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if lock.exists() and not alive & set(lock.read_text().split()):  # of a machine that is lost
+        lock.unlink()
     return train(run, quiet=True)
 
 

@@ -71,7 +71,7 @@ def update_csv(path: Union[str, Path], rows: Sequence[Record], key: Sequence[str
     path, columns = Path(path), list(rows[0])
     old: List[Record] = []
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             old = list(reader)
         if reader.fieldnames != columns:

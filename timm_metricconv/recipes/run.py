@@ -2,18 +2,46 @@
 
 import csv
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import yaml
+from filelock import SoftFileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import ConfigError, plain
 from .report import console, write_atomic
 from .settings import RunConfig
 
-# What may differ when a run goes on: where things are, not what they are.
-PLACES = ("name", "output", "workers", "data_dir", "allow_pickle")
+# What may differ when a run goes on: where things are, not what they are. Each loader process has its own augmentation.
+PLACES = ("name", "output", "data_dir", "allow_pickle")
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only this process writes into the folder. The lock of a process that has ended on this machine is taken over.
+
+    Raises:
+        ConfigError: Another process writes there (it is named), or nobody can.
+    """
+    lock = SoftFileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        process, machine, *_ = [*(folder / LOCK).read_text().split(), "?", "?"]
+        raise ConfigError(
+            f"output: process {process} on {machine} is writing into {folder}. Wait for it or give another --output; "
+            f"if there is no such process any more, remove {folder / LOCK}."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"output: {str(folder)!r} cannot be written to: {error}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flat(values: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
@@ -45,9 +73,12 @@ def check_same_run(config: RunConfig, free: Sequence[str] = ()) -> None:
         ConfigError: Another key differs; it is named.
     """
     path = config.folder / "config.yaml"
-    if not path.exists() or list(config.folder.iterdir()) == [path]:  # what ended before its first result is no run
+    if not path.exists() or {file.name for file in config.folder.iterdir()} <= {
+        path.name,
+        LOCK,
+    }:  # what ended before its first result is no run
         return
-    begun, resolved = yaml.safe_load(path.read_text()), plain(config)
+    begun, resolved = yaml.safe_load(path.read_bytes()), plain(config)
     if _checkpoint_from_run(begun) == _checkpoint_from_run(resolved):  # the run was moved, and its checkpoint with it
         begun["checkpoint"] = resolved.get("checkpoint")
     begun, resolved = _flat(begun), _flat(resolved)
@@ -76,7 +107,7 @@ def read_curves(folder: Path, epochs: Optional[int] = None) -> List[Dict[str, An
     """The rows of a training run's `curves.csv`, up to `epochs`; none where there is no such file."""
     if not (folder / "curves.csv").exists():
         return []
-    with (folder / "curves.csv").open() as file:
+    with (folder / "curves.csv").open(encoding="utf-8") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return [{**row, "epoch": int(row["epoch"])} for row in rows if epochs is None or row["epoch"] <= epochs]
 

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -29,7 +29,7 @@ from .data import image_size
 from .diagnosis import diagnose, plot_geometry, sample_images
 from .network import check_images, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, save_figure, write_atomic
-from .run import check_same_run, progress, read_curves, write_config
+from .run import check_same_run, locked, progress, read_curves, write_config
 from .segment import SEGMENTATION
 from .settings import TaskName, TrainConfig
 from .tasks import CLASSIFICATION, Task
@@ -355,8 +355,15 @@ def train(
     if (folder / "summary.json").exists():
         if not quiet:
             console.print(f"{folder} is complete, and only read.")
-        return json.loads((folder / "summary.json").read_text())
+        return json.loads((folder / "summary.json").read_bytes())
     trainer = _Trainer(config, quiet, prepare)
+    with locked(folder) if trainer.main else nullcontext():
+        return _run(trainer)
+
+
+def _run(trainer: _Trainer) -> Dict[str, Any]:
+    """All epochs that are not done, and the summary."""
+    config, quiet, folder = trainer.config, trainer.quiet, trainer.config.folder
     if trainer.main:
         write_config(config)
         if not quiet:
