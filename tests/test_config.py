@@ -210,7 +210,7 @@ def test_text_is_utf_8_whatever_the_locale(encoding, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from test_config import Example, main\n"
         "from timm_metricconv.recipes.report import print_table\n"
-        "main(lambda config: print_table([{'a \\xb1 b': config.name, 'n': config.steps}], ascii(config.name)), Example, '')"
+        "main(lambda config: print_table([{'a \\xb1 b': config.name, 'n': config.steps}], 't'), Example, '')"
     )
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), "--config", str(tmp_path / "mine.yaml")]
