@@ -1,5 +1,6 @@
 """The libraries that take timm models take ours: each with a small network and one real step."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("pydantic", reason="needs the extra [recipes]")
 
-from timm_metricconv import BallConv2d, DeformConv2d, MetricConv2d
+from timm_metricconv import BallConv2d, DeformConv2d, MetricConv2d, convert
 from timm_metricconv.recipes.hub import HubConfig, push
 
 NAME = "test_resnet_metric"
@@ -174,16 +175,114 @@ def test_flop_counter_counts_the_gather(layer):
     assert counter.get_total_flops() == 2 * multiply_adds(layer, 2 * output[0, 0].numel())
 
 
-def test_fvcore_counts_the_gather():
+def total(layer: BallConv2d, output) -> int:
+    return multiply_adds(layer, output.numel() // layer.out_channels)
+
+
+def test_fvcore_counts_predictor_and_product():
+    """What it traces has ordinary operators, of which it knows the products."""
     fvcore = pytest.importorskip("fvcore.nn", reason="needs fvcore")
+    layer = MetricConv2d(8, 16, 3, stride=2)
+    counter = fvcore.FlopCountAnalysis(layer, torch.randn(2, 8, 12, 10)).unsupported_ops_warnings(False)
+    expected = 2 * 6 * 5 * (layer.predictor.weight.numel() + layer.weight.numel())
+    assert counter.total() == pytest.approx(expected, rel=1e-3)  # it estimates an einsum
 
-    def gather(inputs, outputs):
-        image, source, weight = (value.type().sizes() for value in inputs[:3])
-        samples = source[0] * source[-2] * source[-1] * weight[2] * weight[3]
-        return samples * (4 * image[1] + weight[0] * weight[1])
 
-    layer = MetricConv2d(8, 16, 3, stride=2, backend="gather")
-    counter = fvcore.FlopCountAnalysis(layer, torch.randn(2, 8, 12, 10))
-    counter.set_op_handle("timm_metricconv::gather_conv2d", gather).unsupported_ops_warnings(False)
-    by_operator = counter.by_operator()
-    assert by_operator["conv"] + by_operator["gather_conv2d"] == multiply_adds(layer, 2 * 6 * 5)
+def test_thop_takes_a_count():
+    thop = pytest.importorskip("thop", reason="needs thop")
+    layer, image = MetricConv2d(8, 16, 3, stride=2), torch.randn(2, 8, 12, 10)
+
+    def count(layer, inputs, output):
+        layer.total_ops += total(layer, output)
+
+    macs, _ = thop.profile(nn.Sequential(layer), (image,), custom_ops={MetricConv2d: count}, verbose=False)
+    assert macs == multiply_adds(layer, 2 * 6 * 5)
+
+
+def test_ptflops_takes_a_count():
+    ptflops = pytest.importorskip("ptflops", reason="needs ptflops")
+    layer = MetricConv2d(8, 16, 3, stride=2, bias=False)
+
+    def count(layer, inputs, output):
+        layer.__flops__ += total(layer, output)
+
+    options = {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}
+    macs, _ = ptflops.get_model_complexity_info(
+        nn.Sequential(layer), (8, 12, 10), custom_modules_hooks={MetricConv2d: count}, **options
+    )
+    assert macs == multiply_adds(layer, 6 * 5)
+
+
+def bent(**arguments) -> nn.Module:
+    """A network whose samples move."""
+    model = timm.create_model(NAME, num_classes=4, zero_init_last=False, **arguments).eval()
+    for layer in model.modules():
+        if isinstance(layer, BallConv2d):
+            nn.init.normal_(layer.predictor_head().weight, std=0.02)
+    return model
+
+
+def test_openvino():
+    openvino = pytest.importorskip("openvino", reason="needs openvino")
+    layers = nn.Sequential(MetricConv2d(3, 4, 3, stride=2), nn.ReLU(), DeformConv2d(4, 4, 3, modulated=True))
+    for layer in layers[::2]:
+        nn.init.normal_(layer.predictor.weight, std=0.1)
+    program = openvino.convert_model(layers, example_input=torch.randn(2, 3, 20, 24))
+    run = openvino.compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in ((1, 3, 33, 30), (3, 3, 16, 40)):
+        image = torch.randn(size)
+        torch.testing.assert_close(torch.from_numpy(run(image.numpy())[0]), layers(image).detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fx_quantisation():
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model, image = bent(), torch.randn(2, 3, 64, 64)
+    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (image,))
+    prepared(image)
+    quantised = convert_fx(prepared)
+    assert sum(isinstance(m, MetricConv2d) for m in quantised.modules()) == 5  # in float32, between integers
+    assert not isinstance(quantised.conv1.get_submodule("0"), nn.Conv2d)
+    assert (quantised(image) - model(image)).abs().max() < 0.1 * model(image).abs().max()
+
+
+def test_fusion_with_a_norm():
+    layer, norm = MetricConv2d(3, 4, 3).eval(), nn.BatchNorm2d(4).eval()
+    nn.init.normal_(layer.predictor.weight, std=0.1)
+    nn.init.normal_(norm.running_mean)
+    image = torch.randn(1, 3, 8, 9)
+    fused = torch.nn.utils.fuse_conv_bn_eval(layer, norm)
+    assert isinstance(fused, MetricConv2d)
+    torch.testing.assert_close(fused(image), norm(layer(image)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_peft(separable):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model, image = bent(conv_cfg={"separable_predictor": separable}), torch.randn(2, 3, 32, 32)
+    heads = {layer.predictor_head() for layer in model.modules() if isinstance(layer, BallConv2d)}
+    names = [name for name, module in model.named_modules() if module in heads]
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=2))
+    before = copy_of(tuned)
+    train(tuned, lambda: tuned(image).square().sum())
+    learned = {key for key, value in tuned.state_dict().items() if not torch.equal(before[key], value)}
+    assert {key for key in learned if "lora_" not in key and "running" not in key} <= {
+        key for key in learned if key.endswith("num_batches_tracked")
+    }
+    assert sum("lora_B" in key for key in learned) == len(heads) == 5
+
+
+@pytest.mark.slow
+def test_torch_pruning():
+    pruning = pytest.importorskip("torch_pruning", reason="needs torch-pruning")
+    model, image = timm.create_model("test_resnet", num_classes=4).eval(), torch.randn(2, 3, 32, 32)
+    pruner = pruning.pruner.MagnitudePruner(
+        model, image, pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model.fc]
+    )
+    pruner.step()
+    expected = model(image)
+    layers = convert(model, "metric", "layer[234].*")
+    assert {layer.out_channels for layer in layers.values()} == {24, 48}
+    torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-4)
