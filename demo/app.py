@@ -101,13 +101,13 @@ def layers_of(networks: Networks) -> List[str]:
 def draw_samples(networks: Networks, image: np.ndarray, layer: str, point: Sequence[float]) -> Image:
     """Where each network's layer reads for the output pixel nearest to `point`, (x, y) in the image."""
     views = {label: viz.capture(model, layer, as_input(model, image)) for label, model in networks.items()}
-    return to_picture(viz.compare_samples(views, image, point, title=f"what {layer} reads for one pixel"), DPI)
+    return to_picture(viz.plot_samples(views, image, [point], f"what {layer} reads for one pixel"), DPI)
 
 
 def draw_balls(image: np.ndarray, anisotropy: float, drift: float) -> Image:
     """Balls of the metric that the image's gradient gives."""
     field = viz.image_field(image, smoothing=3.0, scale=0.03, anisotropy=anisotropy, tau=drift)
-    return to_picture(viz.plot_field(field, image, spacing=19).figure, DPI)
+    return to_picture(viz.plot_field(field, image, spacing=19), DPI)
 
 
 def draw_grad_cam(networks: Networks, image: np.ndarray) -> Image:

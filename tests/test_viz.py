@@ -44,8 +44,8 @@ def test_every_layer_kind_has_its_pictures(conv):
     assert (field.residual is None) == (conv == "metric")
     assert field.omega.shape[:2] == (len(field.y), len(field.x)) == tuple(view.layer.out_size(view.input))
     for figure in (
-        viz.plot_samples(view, IMAGE, [[10, 10], [30, 20]]),
-        viz.plot_field(field, IMAGE, spacing=8).figure,
+        viz.plot_samples({"": view}, IMAGE, [[10, 10], [30, 20]]),
+        viz.plot_field(field, IMAGE, spacing=8),
         viz.plot_maps(field, IMAGE),
     ):
         assert rendered(figure).std() > 0
@@ -56,7 +56,7 @@ def test_networks_are_compared_in_one_scale():
     pytest.importorskip("matplotlib")
     x = torch.randn(1, 3, 32, 40)
     views = {conv: viz.capture(network(conv), "layer2.0.conv1", x) for conv in ("shifted", "deform", "metric")}
-    close_ups = viz.compare_samples(views, IMAGE, [10, 10]).axes[1:]
+    close_ups = viz.plot_samples(views, IMAGE, [[10, 10]]).axes[1:]
     assert len({(axes.get_xlim(), axes.get_ylim()) for axes in close_ups}) == 1
     assert [axes.get_xlabel().split(":")[0] for axes in close_ups] == list(views)
 
@@ -116,7 +116,7 @@ def test_balls_of_an_image_are_drawn_where_they_are():
     field = viz.image_field(IMAGE, smoothing=1.0, scale=0.1, anisotropy=0.0)
     outline = field.outlines(torch.tensor([5]), torch.tensor([7]))[0]
     torch.testing.assert_close((outline - torch.tensor([7.0, 5.0])).norm(dim=-1), torch.full((181,), 0.1**-0.5))
-    axes = viz.plot_field(field, IMAGE, spacing=10)
+    axes = viz.plot_field(field, IMAGE, spacing=10).axes[0]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # y goes down
     assert axes.get_aspect() == 1
 

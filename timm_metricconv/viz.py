@@ -6,6 +6,7 @@ for `plot_grad_cam`. The functions return matplotlib figures and know no global 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import operator
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from .geometry import (
     Metric,
@@ -119,13 +121,14 @@ def capture(model: nn.Module, layer: str, x: Tensor) -> LayerView:
     the way; a resolution that something else made is taken to cover the image evenly.
 
     Args:
-        model: A network; it runs in evaluation mode and keeps its own afterwards.
+        model: A network; a copy of it runs in evaluation mode.
         layer: Name of a metric, deformable, ... layer in `model.named_modules()`.
         x: Image as the network takes it, `[1, C, H, W]`.
 
     Raises:
         ValueError: There is no such layer (those that exist are named), or the network does not run it.
     """
+    model = copy.deepcopy(model).eval()  # its hooks and its mode go with it
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BallConv2d)}
     if layer not in layers:
         raise ValueError(f"layer={layer!r}: expected one of {', '.join(layers) or '(the network has no such layer)'}.")
@@ -147,20 +150,11 @@ def capture(model: nn.Module, layer: str, x: Tensor) -> LayerView:
                 (origin[0] + step[0] * first[0], origin[1] + step[1] * first[1]),
             )
 
-    hooks = [layers[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))]
-    hooks += [
-        module.register_forward_hook(trace)
-        for module in model.modules()
-        if all(hasattr(module, name) for name in ("kernel_size", "stride", "padding"))
-    ]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()(x)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for hook in hooks:
-            hook.remove()
+    layers[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for module in model.modules():
+        if all(hasattr(module, name) for name in ("kernel_size", "stride", "padding")):
+            module.register_forward_hook(trace)
+    model(x)
     if not inputs:
         raise ValueError(f"layer={layer!r}: the network did not run it.")
     here = tuple(inputs[0].shape[2:])
@@ -254,10 +248,8 @@ def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> Bal
     grey = torch.as_tensor(_grey(image))[None, None].float()
     if smoothing > 0:
         reach = int(4 * smoothing) + 1
-        kernel = torch.exp(-(torch.arange(-reach, reach + 1) / smoothing).square() / 2)
-        kernel = kernel / kernel.sum()
-        grey = F.conv2d(F.pad(grey, (reach, reach, 0, 0), mode="replicate"), kernel[None, None, None])
-        grey = F.conv2d(F.pad(grey, (0, 0, reach, reach), mode="replicate"), kernel[None, None, :, None])
+        wide = F.pad(grey, [reach] * 4, mode="replicate")
+        grey = gaussian_blur(wide, [2 * reach + 1] * 2, [smoothing] * 2)[..., reach:-reach, reach:-reach]
     m, omega = image_metric(grey, **metric).tensors()
     height, width = grey.shape[2:]
     return BallField(m[0], omega[0], torch.arange(width).float(), torch.arange(height).float())
@@ -304,9 +296,7 @@ def _upper(values: Tensor, least: float) -> float:
     return max(float(values.double().quantile(0.99)), least)
 
 
-def plot_field(
-    field: BallField, image: np.ndarray, spacing: float = 24.0, ax: Optional[Axes] = None, title: str = ""
-) -> Axes:
+def plot_field(field: BallField, image: np.ndarray, spacing: float = 24.0, title: str = "") -> Figure:
     """The balls and the drift of a field, on a regular grid over an image.
 
     A ball is coloured by its anisotropy and drawn in true size, or, where balls are small, so much larger (the title
@@ -317,13 +307,12 @@ def plot_field(
         field: From `layer_field` or `image_field`.
         image: `[H, W]` or `[H, W, 3]`.
         spacing: Least distance between two balls, in pixels of the image.
-        ax: Where to draw; by default a new figure (`ax.figure`).
         title: Above the picture.
     """
     collections, colours = need("matplotlib.collections", "matplotlib"), need("matplotlib.colors", "matplotlib")
-    if ax is None:
-        width = 7.0 if image.shape[1] < 2 * image.shape[0] else 11.0
-        ax = _figure(width + 0.9, width * image.shape[0] / image.shape[1] + 0.5).subplots()
+    edge = 7.0 if image.shape[1] < 2 * image.shape[0] else 11.0
+    figure = _figure(edge + 0.9, edge * image.shape[0] / image.shape[1] + 0.5)
+    ax = figure.subplots()
     _show(ax, image, faded=0.45)
     height, width = field.omega.shape[:2]
     every = [max(1, round(spacing / float(axis[1] - axis[0]))) if len(axis) > 1 else 1 for axis in (field.y, field.x)]
@@ -354,7 +343,7 @@ def plot_field(
     shown = importlib.import_module("matplotlib.cm").ScalarMappable(scale, palette)
     _colour_bar(ax, shown, ratio).set_label(ANISOTROPY)
     ax.set_title(title + (f" (balls drawn ×{magnified})" if magnified > 1 else ""), fontsize=10)
-    return ax
+    return figure
 
 
 def _draw_ball(ax: Axes, view: LayerView, positions: Tensor, row: int, column: int) -> None:
@@ -380,44 +369,29 @@ def _draw_ball(ax: Axes, view: LayerView, positions: Tensor, row: int, column: i
     ax.set_title(f"anisotropy {a:.2f}, asymmetry {w:.2f}\nresidual {float(fit.residual):.3f}", fontsize=9)
 
 
-def plot_samples(view: LayerView, image: np.ndarray, points: Sequence[Sequence[float]], title: str = "") -> Figure:
+def plot_samples(
+    views: Mapping[str, LayerView], image: np.ndarray, points: Sequence[Sequence[float]], title: str = ""
+) -> Figure:
     """Where some pixels read: the samples, their star-shaped hull as a unit ball, and the Randers ball nearest to it.
 
     Args:
-        view: From `capture`.
-        image: The picture that the network saw, `[H, W]` or `[H, W, 3]`.
-        points: (x, y) in pixels of the image; the output pixel nearest to each is shown.
+        views: Label → a layer of a network, from `capture`.
+        image: The picture that the networks saw, `[H, W]` or `[H, W, 3]`.
+        points: (x, y) in pixels of the image; each layer's output pixel nearest to each is shown.
         title: Above the picture.
 
     Returns:
-        The whole image, and a close-up of each point. The dashed line is the ball of the outermost samples' radius.
+        The whole image, and close-ups of the points, all in one scale. The dashed line is the ball of the outermost
+        samples' radius.
     """
     if not points:
         raise ValueError("points: at least one (x, y) is needed.")
-    positions = view.positions()
-    close_ups = [(str(number), view, positions, point) for number, point in enumerate(points, 1)]
-    return _plot_close_ups(close_ups, image, title or f"{view.name}: {type(view.layer).__name__}")
-
-
-def compare_samples(
-    views: Mapping[str, LayerView], image: np.ndarray, point: Sequence[float], title: str = ""
-) -> Figure:
-    """Where one pixel reads in several networks, drawn as by `plot_samples` and all in one scale.
-
-    Args:
-        views: Label → the layer of that network, from `capture`.
-        image: The picture that the networks saw, `[H, W]` or `[H, W, 3]`.
-        point: (x, y) in pixels of the image; each layer's nearest output pixel is shown.
-        title: Above the picture.
-    """
-    close_ups = [(label, view, view.positions(), point) for label, view in views.items()]
-    return _plot_close_ups(close_ups, image, title)
-
-
-def _plot_close_ups(
-    close_ups: Sequence[Tuple[str, LayerView, Tensor, Sequence[float]]], image: np.ndarray, title: str
-) -> Figure:
-    """The whole image, and a close-up of each (label, view, its positions, point)."""
+    close_ups = []
+    for name, view in views.items():
+        positions = view.positions()
+        for number, point in enumerate(points, 1):
+            label = name if name and len(points) == 1 else f"{name} {number}".strip()
+            close_ups.append((label, view, positions, point))
     pixels, centres, reach = [], [], 0.0
     for _, view, positions, (x, y) in close_ups:
         xs, ys = view.centres()

@@ -154,7 +154,7 @@ def visualise(config: VisualiseConfig) -> List[Path]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metric: {error}") from None
     title = "balls of a metric built from the image gradient (no training)"
-    figures["unit_balls"] = plot_field(field, image, config.spacing, title=title).figure
+    figures["unit_balls"] = plot_field(field, image, config.spacing, title)
     points = config.points or strong_edges(image)
     figures["geodesic_balls"] = plot_geodesics(field, image, points, title="metric built from the image gradient")
 
@@ -172,10 +172,10 @@ def visualise(config: VisualiseConfig) -> List[Path]:
             lattice = view.layer.points.flatten(0, 1)[None, :, :, None, None]
             if (view.positions() - lattice).abs().max() < 1e-3:
                 print(f"{name} samples the plain pattern everywhere: it is untrained, so its balls are disks.")
-            figures[f"{name}-samples"] = plot_samples(view, image, points)
+            figures[f"{name}-samples"] = plot_samples({"": view}, image, points, f"{name}: {kind}")
             whose = "its metric" if field.residual is None else "the metric that fits its samples best"
             title = f"{name}, {kind}: {whose}"
-            figures[f"{name}-balls"] = plot_field(field, image, config.spacing, title=title).figure
+            figures[f"{name}-balls"] = plot_field(field, image, config.spacing, title)
             figures[f"{name}-maps"] = plot_maps(field, image, title=f"{name}, {kind}")
 
     if config.cam:
