@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import timm
@@ -13,7 +14,14 @@ pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 import timm_metricconv
 from timm_metricconv import DeformConv2d, MetricConv2d, ShiftedConv2d
 from timm_metricconv.recipes.data import DataConfig, make_datasets, make_loader
-from timm_metricconv.recipes.diagnosis import diagnose, mean_diagnosis, plot_geometry, sample_images
+from timm_metricconv.recipes.diagnosis import (
+    diagnose,
+    first_not_finite,
+    mean_diagnosis,
+    plot_geometry,
+    sample_images,
+    strayed,
+)
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 12 * 16).reshape(2, 3, 12, 16)
 
@@ -50,6 +58,29 @@ def test_a_known_offset(layer):
     rows = sum(0 <= i - 3 + p < 12 for i in range(12) for p in (-1, 0, 1)) / 36
     assert numbers["outside"] == pytest.approx(1 - columns * rows)
     assert numbers["outside_at_rest"] == pytest.approx(1 - (46 / 48) * (34 / 36))
+
+
+@pytest.mark.parametrize("layer", [DeformConv2d, ShiftedConv2d])
+def test_samples_that_leave_are_remarked_on(layer):
+    """In one line with the layer, the share, the way and what bounds it; and not where they stay."""
+    model = nn.Sequential(layer(3, 3, 3), layer(3, 4, 3))
+    assert strayed(model, diagnose(model, IMAGES)) is None
+    torch.nn.init.constant_(model[1].predictor.bias, 12.0)
+    line = strayed(model, diagnose(model, IMAGES))
+    assert re.fullmatch(
+        r"1: \d+% of .* \(9% at rest\), 17\.0 pixels .*--model_args\.conv_cfg\.max_offset bounds .*", line
+    )
+    model[1] = layer(3, 4, 3, max_offset=1.0)
+    torch.nn.init.constant_(model[1].predictor.bias, 12.0)
+    assert strayed(model, diagnose(model, IMAGES)) is None
+
+
+def test_the_first_layer_that_is_not_finite():
+    model = timm.create_model("test_resnet_metric")
+    assert first_not_finite(model, torch.randn(2, 3, 32, 32)) is None
+    model.layer3[0].conv2.predictor.bias.data[1] = float("nan")
+    assert first_not_finite(model, torch.randn(2, 3, 32, 32)) == "layer3.0.conv2.predictor"
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_stride_padding_and_dilation_count():

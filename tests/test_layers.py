@@ -529,6 +529,17 @@ def test_without_drift_the_ball_is_its_mirror_image():
         assert not torch.allclose(drifting.positions(x), -drifting.positions(x).flip(1), atol=1e-2)
 
 
+def test_an_offset_moves_the_pixel_that_it_names():
+    """Of tap k, row by row, channel 2k is how far down and 2k + 1 how far right it looks: one bright pixel tells."""
+    x = torch.zeros(1, 1, 11, 12)
+    x[0, 0, 5, 6] = 1
+    for k, (row, column) in enumerate((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
+        layer = DeformConv2d(1, 1, 3, bias=False)
+        layer.weight.data = torch.nn.functional.one_hot(torch.tensor(k), 9).view(1, 1, 3, 3).float()
+        layer.predictor.bias.data[2 * k : 2 * k + 2] = torch.tensor([1.0, 2.0])
+        assert layer(x).nonzero().tolist() == [[0, 0, 5 - row - 1, 6 - column - 2]]
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("layer", [DeformConv2d, ShiftedConv2d])
 def test_offsets_have_torchvisions_order(layer, modulated):

@@ -1,7 +1,8 @@
 """What the geometry of a trained network does, layer by layer: it did not adapt, it adapted, or it ran away."""
 
+import functools
 import itertools
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from ..layers import BallConv2d, MetricConv2d
 
 # Pixels a side of a feature map that the fit of implicit metrics looks at.
 FITTED = 8
+# Samples have left a layer's image where so many more of them than at rest are outside.
+STRAYED = 0.25
 # Of a displacement, see `geometry.FrameFit`.
 PARTS = ("shift", "linear", "rest")
 # What is drawn, with its label.
@@ -119,6 +122,43 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
         for handle in handles:
             handle.remove()
     return report
+
+
+def strayed(model: nn.Module, report: Diagnosis) -> Optional[str]:
+    """One line on the layer whose samples have left the image most; None where all have stayed.
+
+    Args:
+        model: The network.
+        report: What `diagnose` says of it.
+    """
+    left = {name: numbers["outside"] - numbers["outside_at_rest"] for name, numbers in report.items()}
+    worst = max(left, key=left.__getitem__, default="")
+    if not left or left[worst] < STRAYED:
+        return None
+    bounded, numbers = hasattr(model.get_submodule(worst), "max_offset"), report[worst]
+    return (
+        f"{worst}: {numbers['outside']:.0%} of its samples are outside the image ({numbers['outside_at_rest']:.0%} at "
+        f"rest), {numbers['displacement']:.1f} pixels from their places. A lower --predictor_lr slows them"
+        + (", and --model_args.conv_cfg.max_offset bounds them." if bounded else ".")
+    )
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, images: Tensor) -> Optional[str]:
+    """The name of the first layer in whose output a value is no finite number, None where all are."""
+    found: List[str] = []
+
+    def look(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [m.register_forward_hook(functools.partial(look, name=name)) for name, m in model.named_modules()]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def mean_diagnosis(reports: List[Diagnosis]) -> Diagnosis:

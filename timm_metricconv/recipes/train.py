@@ -8,7 +8,7 @@ import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError
 from .data import image_size
-from .diagnosis import diagnose, plot_geometry, sample_images
+from .diagnosis import diagnose, first_not_finite, plot_geometry, sample_images, strayed
 from .network import check_images, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, save_figure, write_atomic
 from .run import check_same_run, locked, progress, read_curves, write_config
@@ -235,6 +235,7 @@ class _Trainer:
             classes = self.bare.num_classes
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
         self.loss = self.task.loss(config)
+        self.strayed: Set[str] = set()  # layers that were remarked on
         self.second_order = getattr(optimiser, "is_second_order", False)
 
     @property
@@ -256,7 +257,14 @@ class _Trainer:
                 f"is still warming up when it ends (its decay is then {self.ema.get_decay(steps):.3f})."
             )
 
-    def _step(self, images: Tensor, target: Tensor) -> Tensor:
+    def remark_on_samples(self) -> None:
+        """Says so, once for a layer, where samples have left the image."""
+        line = strayed(self.bare, diagnose(self.bare, sample_images(self.val_loader, 8)))
+        if line and line.partition(":")[0] not in self.strayed:
+            self.strayed.add(line.partition(":")[0])
+            console.print(line)
+
+    def _step(self, images: Tensor, target: Tensor, place: str) -> Tensor:
         config = self.config
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -267,6 +275,8 @@ class _Trainer:
                 loss = self.loss(self.model(images), target)
             if config.predictor_regulariser:
                 loss = loss + config.predictor_regulariser * predictor_regulariser(self.bare)
+            if self.accelerator.device.type == "cpu":  # costs nothing, and finds the very weights that gave the loss
+                self._check(loss.detach(), images, place)
             self.accelerator.backward(loss, create_graph=self.second_order)
             if config.clip_grad and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -276,15 +286,17 @@ class _Trainer:
                 self.ema.add(self.bare)
         return loss.detach()
 
-    def _check(self, total: Tensor, epoch: int, step: int) -> float:
-        loss = float(self.accelerator.reduce(total, reduction="mean"))
-        if not math.isfinite(loss):
-            kept = f"The state after epoch {epoch} is kept in {self.config.folder}; a" if epoch else "A"
-            raise TrainingDiverged(
-                f"the loss is {loss} in epoch {epoch + 1}, step {step}. {kept} lower --lr, --warmup_epochs or "
-                "--clip_grad may help (in another --output)."
-            )
-        return loss
+    def _check(self, loss: Tensor, images: Tensor, place: str) -> None:
+        """Refuses a loss that is no number, and names the first layer whose output is none on the last images."""
+        if loss.isfinite():
+            return
+        with self.accelerator.autocast():
+            layer = first_not_finite(self.bare, images)
+        first = f"The first output that is not finite is that of {layer}" if layer else "All layers' outputs are finite"
+        raise TrainingDiverged(
+            f"the loss is {loss:g} in {place}. {first}. A lower --lr, --warmup_epochs or --clip_grad may help (in "
+            f"another --output); the last epoch that was complete is kept in {self.config.folder}."
+        )
 
     def epoch(self, epoch: int) -> Dict[str, Any]:
         """One epoch of training and a validation; the row of `curves.csv`."""
@@ -300,12 +312,15 @@ class _Trainer:
             size = len(self.train_loader) if hasattr(self.train_loader, "__len__") else None
             task = bar.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=size)
             for images, target in self.train_loader:
-                total += self._step(images, target)
                 steps, images_seen = steps + 1, images_seen + len(target)
+                place = f"epoch {epoch + 1}, step {steps}"
+                total += self._step(images, target, place)
                 bar.advance(task)
                 if steps % CHECK_EVERY == 0:
-                    self._check(total, epoch, steps)
-        loss = self._check(total, epoch, steps)
+                    self._check(total, images, place)
+        if steps:
+            self._check(total, images, place)
+        loss = float(self.accelerator.reduce(total, reduction="mean"))
         seconds = time.perf_counter() - started
         return {
             "epoch": epoch + 1,
@@ -380,6 +395,7 @@ def _run(trainer: _Trainer) -> Dict[str, Any]:
             save_model(trainer.ema.module if trainer.ema else trainer.bare, config, folder)
             if not quiet:
                 _print_epoch(rows[-1], trainer.task.scores)
+                trainer.remark_on_samples()
         checkpoints.save(epoch + 1)
     network, images = trainer.ema.module if trainer.ema else trainer.bare, sample_images(trainer.val_loader)
     summary = {**_summary(config, trainer.bare, rows), "geometry": diagnose(network, images)}
