@@ -47,6 +47,7 @@ class Block(nn.Module):
         return self.rest[1](self.alike(self.rest[0](x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("conv", "network"), [("deform", "torchvision"), *(("metric", network) for network in NETWORKS)]
 )

@@ -298,6 +298,7 @@ def test_feature_cfg(size, feature_cls):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @small
 @pytest.mark.parametrize("features_only", [False, True])
 def test_torchscript(name, features_only):
@@ -309,6 +310,7 @@ def test_torchscript(name, features_only):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @tiny
 def test_trace(name):
     model = create(name).eval()
@@ -366,6 +368,7 @@ def test_output_stride(name, output_stride):
     assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[-1] == 64 // output_stride
 
 
+@pytest.mark.slow
 @tiny
 def test_other_arguments_of_timms_networks(name):
     model = create(name, in_chans=5, drop_path_rate=0.5, drop_rate=0.1, num_classes=3, global_pool="avgmax").train()
@@ -416,6 +419,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments"), [(name, arguments) for name in TINY for arguments in ARGUMENTS[name.split("_")[1]]]
 )
@@ -662,6 +666,7 @@ def test_a_checkpoint_without_a_classifier_is_refused(size, tmp_path):
 # --- the paper's network ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["resnet18", "resnet50"])
 @families
 def test_papers_network(family, size):
