@@ -12,6 +12,7 @@ pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from PIL import ExifTags, Image
 from timm.data import create_dataset
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from timm_metricconv.recipes import data as module
@@ -424,3 +425,11 @@ def test_streams_have_neither(monkeypatch):
     monkeypatch.setattr(module, "_dataset", lambda config, train: Stream())
     with pytest.raises(ConfigError, match="is a stream"):
         make_datasets(DataConfig(data="wds/x", train_images=5))
+
+
+def test_a_batch_of_all_processes_must_be_had(monkeypatch):
+    """Otherwise there is no step, and the network that is saved has not learned."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="batch_size=20 in each of 2 processes is more than the 32 training images"):
+        make_loader(DataConfig(batch_size=20), TensorDataset(torch.zeros(32)), {}, train=True)

@@ -218,3 +218,11 @@ def test_large_image_in_3_gb(name):
     done = subprocess.run([sys.executable, "-c", LARGE, name], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 3.0, f"{float(done.stdout):.2f} GiB"
+
+
+@pytest.mark.slow
+def test_fsdp2_example():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    example = ROOT / "docs" / "fsdp2.py"
+    result = subprocess.run([*torchrun, str(example)], capture_output=True, text=True)
+    assert "the whole state dict loads into a plain network" in result.stdout, result.stderr

@@ -432,8 +432,10 @@ def make_validation_set(config: DataConfig) -> Dataset:
 
 def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, train: bool) -> DataLoader:
     """timm's loader, with its training augmentation or its validation transform; `[B, 1, S, S]` for a grey network."""
-    if train and hasattr(dataset, "__len__") and len(dataset) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if train and hasattr(dataset, "__len__") and len(dataset) < processes * config.batch_size:
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(f"batch_size={config.batch_size}{each} is more than the {len(dataset)} training images.")
     mean, std = normalisation(config, pretrained_cfg)
     size, (crop, interpolation) = image_size(config, pretrained_cfg), evaluation_crop(config, pretrained_cfg)
     if isinstance(dataset, View):
