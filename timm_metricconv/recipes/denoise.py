@@ -24,8 +24,8 @@ def denoise(config: DenoiseConfig) -> List[Dict[str, Any]]:
     `config.folder`, and each cell's curve and result below it.
 
     Returns:
-        The records of `summary.json`: method, eps_omega, k, sigma, train_mse, test_mse, psnr (dB), gap, which is
-        (test − train) / train, and paper_gap; of a data set without the last, and with kernel and parameters.
+        The records of `summary.json`: method, eps_omega, kernel, k, sigma, train_mse, test_mse, psnr (dB), gap, which
+        is (test − train) / train, and paper_gap; of a data set parameters instead of the last.
 
     Raises:
         ConfigError: The data cannot be had, or the folder holds another experiment.

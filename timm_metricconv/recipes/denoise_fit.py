@@ -133,10 +133,7 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
     _, train_mse, test_mse = curve[-1]
     paper = PAPER_GAP.get(cell.variant, {}).get(cell.k) if cell.sigma == 0.3 else None
     record = {
-        "method": cell.method,
-        "eps_omega": cell.eps_omega,
-        "k": cell.k,
-        "sigma": cell.sigma,
+        **cell._asdict(),
         "train_mse": train_mse,
         "test_mse": test_mse,
         "psnr": _psnr(test_mse),
@@ -212,11 +209,7 @@ def fit_data_set(config: DenoiseConfig, cell: Cell, paths: Dict[str, List[str]],
         advance()
     (train_mse, _), (test_mse, psnr) = (_evaluate(model, loaders[part], device) for part in ("train", "test"))
     record = {
-        "method": cell.method,
-        "eps_omega": cell.eps_omega,
-        "kernel": cell.kernel,
-        "k": cell.k,
-        "sigma": cell.sigma,
+        **cell._asdict(),
         "train_mse": train_mse,
         "test_mse": test_mse,
         "psnr": psnr,

@@ -54,6 +54,7 @@ def _zoom(axis, image: Tensor, result: Dict[str, Any], deform: bool) -> None:
 def plot_results(done: Dict[Cell, Dict[str, Any]], clean: Tensor):
     """Two rows for each (σ, kernel, k): clean, noisy and the results; below each what is about an edge, with balls."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     groups = list(dict.fromkeys((cell.sigma, cell.kernel, cell.k) for cell in done))
     columns = 2 + len({cell.title for cell in done})
@@ -72,7 +73,8 @@ def plot_results(done: Dict[Cell, Dict[str, Any]], clean: Tensor):
         for axis, low, image, title in zip(above, below, (clean, first["noisy"]), ("clean", "noisy"), strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_title(title, fontsize=9)
-            axis.add_patch(_frame(x, y, reach))
+            corner, edge = (x - reach, y - reach), 2 * reach
+            axis.add_patch(Rectangle(corner, edge, edge, fill=False, edgecolor="#E69F00", linewidth=1.5))
             low.imshow(image, cmap="gray", vmin=0, vmax=1)
             low.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
         for axis, low, cell in zip(above[2:], below[2:], cells, strict=False):
@@ -81,9 +83,3 @@ def plot_results(done: Dict[Cell, Dict[str, Any]], clean: Tensor):
             axis.set_title(f"{cell.title}\n{record['psnr']:.2f} dB, gap {record['gap']:.3g}", fontsize=9)
             _zoom(low, clean, done[cell], cell.method == "deform")
     return figure
-
-
-def _frame(x: float, y: float, reach: float):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - reach, y - reach), 2 * reach, 2 * reach, fill=False, edgecolor="#E69F00", linewidth=1.5)
