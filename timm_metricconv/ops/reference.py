@@ -53,8 +53,6 @@ def ball_conv2d_reference(
     batch, channels, height, width = x.shape
     points = sampling_points(place(samples), weight, stride, padding, dilation)
     taps = weight.flatten(2).shape[2]
-    corner = points.floor()
-    fraction = points - corner
     # a row of the table is one pixel of one metric group
     metric_groups = points.shape[3] // taps
     each = channels // metric_groups
@@ -62,25 +60,28 @@ def ball_conv2d_reference(
     image = (torch.arange(batch, device=x.device) * (height * width)).view(batch, 1, 1, 1)
     group = torch.arange(metric_groups, device=x.device).repeat_interleave(taps)
 
-    columns = torch.zeros(points.shape[:4] + (each,), dtype=points.dtype, device=x.device)
-    for down in range(2):
-        for right in range(2):
-            column, row = corner[..., 0] + right, corner[..., 1] + down
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            share = (fraction[..., 0] if right == 1 else 1 - fraction[..., 0]) * (
-                fraction[..., 1] if down == 1 else 1 - fraction[..., 1]
-            )
+    # the pixels left, right, above and below a sample, and their shares, zero outside the image
+    pixels: List[Tensor] = []
+    shares: List[Tensor] = []
+    for axis, size in ((0, width), (1, height)):
+        near = points[..., axis].floor()
+        fraction = points[..., axis] - near
+        for pixel, share in ((near, 1 - fraction), (near + 1, fraction)):
+            shares.append(torch.where((pixel >= 0) & (pixel < size), share, torch.zeros_like(share)))
             # NaN and huge positions must not become wild indices: integers are clamped last
-            column, row = column.to(torch.int64).clamp(0, width - 1), row.to(torch.int64).clamp(0, height - 1)
-            values = table[(image + row * width + column) * metric_groups + group]
-            columns = columns + values * torch.where(inside, share, torch.zeros_like(share))[..., None]
+            pixels.append(pixel.to(torch.int64).clamp(0, size - 1))
+    columns = torch.zeros(points.shape[:4] + (each,), dtype=points.dtype, device=x.device)
+    for row in (2, 3):
+        for column in (0, 1):
+            values = table[(image + pixels[row] * width + pixels[column]) * metric_groups + group]
+            columns = columns + values * (shares[row] * shares[column])[..., None]
     if mask is not None:
         columns = columns * mask.permute(0, 2, 3, 1)[..., None].to(columns.dtype)
 
     # torch's older ONNX exporter fixes all sizes at an `unflatten`
-    size = points.shape[1:3]
-    columns = columns.reshape(batch, size[0], size[1], metric_groups, taps, each).transpose(3, 4)
-    columns = columns.reshape(batch, size[0], size[1], taps, groups, channels // groups)
+    out_height, out_width = points.shape[1], points.shape[2]
+    columns = columns.reshape(batch, out_height, out_width, metric_groups, taps, each).transpose(3, 4)
+    columns = columns.reshape(batch, out_height, out_width, taps, groups, channels // groups)
     kernel = weight.flatten(2).unflatten(0, (groups, weight.shape[0] // groups)).to(columns.dtype)
     out = torch.einsum("bhwkgc,gock->bgohw", columns, kernel).flatten(1, 2)
     if bias is not None:

@@ -58,4 +58,8 @@ def ball_conv2d_torchvision(
 
     It knows no free taps: `weight` is `[C_out, C_in/groups, k, k]`.
     """
-    return _conv2d(x, place(samples), weight, bias, mask, stride, padding, dilation, groups)
+    positions = place(samples)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # to ONNX' DeformConv, for one
+        arguments = Arguments(x, positions, weight, mask, stride, padding, dilation, groups, None)
+        return torch.ops.torchvision.deform_conv2d(*_arguments(arguments, bias)).to(x.dtype)
+    return _conv2d(x, positions, weight, bias, mask, stride, padding, dilation, groups)
