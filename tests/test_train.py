@@ -107,9 +107,11 @@ def weights(folder: Path):
 
 
 @pytest.mark.slow
-def test_what_a_run_writes(tmp_path, images):
+def test_what_a_run_writes(tmp_path, images, capsys):
     config = tiny(tmp_path, images)
     summary = train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "32 images to train on, 12 to validate on, 2 classes; test_resnet_metric: " in said
     folder = config.folder
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["top1"] > 90

@@ -15,7 +15,6 @@ import timm
 import torch
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
-from rich.progress import track
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import deform_conv2d
@@ -386,7 +385,8 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
     if not set(config.models) <= set(known):
         raise ConfigError(f"models: expected some of {', '.join(known)}; got {config.models}.")
     records: List[Dict[str, Any]] = []
-    for what, label, shape, peers in track(list(_cases(config)), "benchmark", console=console, transient=True):
+    for number, (what, label, shape, peers) in enumerate(cases := list(_cases(config)), 1):
+        console.print(f"[{number:>3}/{len(cases)}] {what} {label}", highlight=False)
         torch.manual_seed(0)
         x = torch.randn(shape, device=config.device, dtype=DTYPES[config.dtype])
         x = x.contiguous(memory_format=torch.channels_last)

@@ -313,6 +313,8 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
     checkpoint = _source_checkpoint(config)
     score, label = _deciding(config)
     trainings = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in runs]
+    done = sum((run.folder / "summary.json").exists() for run in trainings)
+    console.print(f"{config.folder}: {len(runs)} trainings of {trainings[0].epochs} epochs, {done} of them complete")
     for number, ((cell, seed), result) in enumerate(zip(runs, run_all(trainings, config), strict=True), 1):
         console.print(f"[{number:>3}/{len(runs)}] {cell.label:<28} seed {seed}: {label} {result[score]:6.2f} %")
     complete = {cell: _complete_runs(config, cell) for cell in _cells(config)}

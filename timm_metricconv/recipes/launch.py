@@ -8,7 +8,6 @@ from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 
 from .config import ConfigError, RecipeError, Settings, option
-from .report import console
 from .run import LOCK
 from .settings import TrainConfig
 from .train import train
@@ -38,9 +37,7 @@ def run_all(runs: Sequence[TrainConfig], config: LaunchConfig) -> Iterator[Dict[
         yield from _with_ray(runs, config)
         return
     for number, run in enumerate(runs, 1):
-        with console.status(f"run {number} of {len(runs)}: {run.name}, seed {run.seed}"):
-            summary = train(run, quiet=True)
-        yield summary
+        yield train(run, quiet=True, label=f"run {number} of {len(runs)}, {run.name}, seed {run.seed}: ")
 
 
 def _train_in(folder: str, run: TrainConfig) -> Dict[str, Any]:

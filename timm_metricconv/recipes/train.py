@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .config import ConfigError, RecipeError
-from .data import image_size
+from .data import class_count, image_size
 from .diagnosis import diagnose, first_not_finite, plot_geometry, sample_images, strayed
 from .network import check_images, parameter_counts, parameter_groups, predictor_regulariser
 from .report import console, csv_text, print_table, save_figure, write_atomic
@@ -189,8 +189,10 @@ def evaluate(
 class _Trainer:
     """One run: what `train` needs at hand between epochs."""
 
-    def __init__(self, config: TrainConfig, quiet: bool, prepare: Optional[Callable[[nn.Module], None]]):
-        self.config, self.quiet = config, quiet
+    def __init__(
+        self, config: TrainConfig, quiet: bool, prepare: Optional[Callable[[nn.Module], None]], label: str = ""
+    ):
+        self.config, self.quiet, self.label = config, quiet, label
         self.task = TASKS[config.task]
         self.accelerator = make_accelerator(
             config.amp,
@@ -213,7 +215,13 @@ class _Trainer:
             check_images(model.train(), image, "Give a larger --batch_size.")
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.train_images = len(train_set) if hasattr(train_set, "__len__") else None
+        if self.main and not quiet:
+            images = [f"{len(part):,}" if hasattr(part, "__len__") else "a stream of" for part in (train_set, val_set)]
+            console.print(
+                f"{config.data}: {images[0]} images to train on, {images[1]} to validate on, "
+                f"{class_count(config, train_set)} classes; "
+                f"{config.model}: {parameter_counts(model)['params']:,} parameters on {self.accelerator.device}"
+            )
         optimiser, self.scheduler = make_optimiser(model, config)
         loaders = (
             self.task.loader(config, train_set, model.pretrained_cfg, True),
@@ -308,9 +316,9 @@ class _Trainer:
         self.model.train()
         started, images_seen, steps = time.perf_counter(), 0, 0
         total = torch.zeros((), device=self.accelerator.device)
-        with progress(hidden=self.quiet or not self.main) as bar:
+        with progress(hidden=not self.main or (self.quiet and not self.label)) as bar:
             size = len(self.train_loader) if hasattr(self.train_loader, "__len__") else None
-            task = bar.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=size)
+            task = bar.add_task(f"{self.label}epoch {epoch + 1}/{self.config.epochs}", total=size)
             for images, target in self.train_loader:
                 steps, images_seen = steps + 1, images_seen + len(target)
                 place = f"epoch {epoch + 1}, step {steps}"
@@ -345,7 +353,7 @@ def _print_epoch(row: Dict[str, Any], scores: Dict[str, str]) -> None:
 
 
 def train(
-    config: TrainConfig, *, quiet: bool = False, prepare: Optional[Callable[[nn.Module], None]] = None
+    config: TrainConfig, *, quiet: bool = False, prepare: Optional[Callable[[nn.Module], None]] = None, label: str = ""
 ) -> Dict[str, Any]:
     """Trains, or goes on with a run that was stopped; a complete run is only read.
 
@@ -356,6 +364,7 @@ def train(
         config: The run.
         quiet: No progress, no table and no picture.
         prepare: Called with the new network before training, e.g. to freeze parts of it.
+        label: What stands before the bar of each epoch, which is then there also where `quiet`.
 
     Returns:
         The content of `summary.json`: model, data, epochs, the task's scores (top1, top5), params, predictor_params,
@@ -371,7 +380,7 @@ def train(
         if not quiet:
             console.print(f"{folder} is complete, and only read.")
         return json.loads((folder / "summary.json").read_bytes())
-    trainer = _Trainer(config, quiet, prepare)
+    trainer = _Trainer(config, quiet, prepare, label)
     with locked(folder) if trainer.main else nullcontext():
         return _run(trainer)
 
