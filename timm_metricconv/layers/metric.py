@@ -4,7 +4,6 @@ import math
 from typing import Optional, Tuple, Union
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..geometry import (
@@ -39,7 +38,6 @@ def check_ball(ball: str, steps: int) -> Tuple[str, int]:
     return _choice("ball", ball, ("tangent", "geodesic")), steps
 
 
-@register_notrace_module
 class MetricConv2d(BallConv2d):
     """A convolution whose samples are the unit ball of a metric that a small convolution predicts at each pixel.
 

@@ -4,7 +4,6 @@ import math
 from typing import Optional, Union
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..geometry import PATTERNS
@@ -86,7 +85,6 @@ class _PredictedOffsets(BallConv2d):
         return super().extra_repr() + own
 
 
-@register_notrace_module
 class DeformConv2d(_PredictedOffsets):
     """Deformable convolution (Dai et al., ICCV 2017; with `modulated` DCNv2, Zhu et al., CVPR 2019).
 
@@ -110,7 +108,6 @@ class DeformConv2d(_PredictedOffsets):
         return (self._predicted_offsets(raw) + self.points[0][:, :, None, None]).flatten(1, 2)
 
 
-@register_notrace_module
 class ShiftedConv2d(_PredictedOffsets):
     """Shifted ("entire deformable") convolution: the lattice plus one offset, predicted as (dy, dx).
 
@@ -129,7 +126,6 @@ class ShiftedConv2d(_PredictedOffsets):
         return Samples(fields.flatten(1, 2), self.points[0])
 
 
-@register_notrace_module
 class ActiveConv2d(BallConv2d):
     """Active convolution (Jeon, Kim, CVPR 2017): one learned set of offsets `[G·K, 2]` as (x, y) for all pixels.
 
@@ -163,7 +159,6 @@ class ActiveConv2d(BallConv2d):
         return positions[None, :, :, None, None].expand(raw.shape[0], -1, -1, raw.shape[2], raw.shape[3])
 
 
-@register_notrace_module
 class AffineConv2d(BallConv2d):
     """The lattice under one affine map for each image, as a spatial transformer (Jaderberg et al., NeurIPS 2015).
 
