@@ -17,7 +17,7 @@ from timm_metricconv.geometry import (
     affine_fields,
     fit_frame,
     frame_of,
-    navigation,
+    navigation_of,
     randers_of,
 )
 from timm_metricconv.geometry.parametrizations import FRAME_BOUND
@@ -77,11 +77,11 @@ def test_the_boundary_of_the_carried_disk_is_at_distance_1():
 
 def test_conversions_invert_each_other():
     metric = metrics()
-    for part, again in zip(metric, randers_of(navigation(metric)), strict=True):
+    for part, again in zip(metric, randers_of(navigation_of(metric)), strict=True):
         torch.testing.assert_close(again, part, rtol=1e-11, atol=1e-11)
     # a frame comes back up to a rotation on the right, its ellipse and the wind W as they were
     navigated = navigations()
-    again = navigation(randers_of(navigated))
+    again = navigation_of(randers_of(navigated))
     b, c = frames(navigated), frames(again)
     torch.testing.assert_close(c @ c.mT, b @ b.mT, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(winds(again), winds(navigated), rtol=1e-10, atol=1e-11)
@@ -123,7 +123,7 @@ def test_a_rotation_of_the_frame_leaves_the_metric_alone():
 
 def test_gradients_of_the_conversions():
     parts = metrics(5, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *m: tuple(navigation(Metric(*m))), tuple(parts))
+    assert torch.autograd.gradcheck(lambda *m: tuple(navigation_of(Metric(*m))), tuple(parts))
     parts = tuple(part.requires_grad_() for part in navigations(5))
     assert torch.autograd.gradcheck(lambda *n: tuple(randers_of(Navigation(*n))), parts)
 
@@ -178,7 +178,7 @@ def test_samples_lie_in_the_ball_of_the_layers_metric(parametrization, drift, pa
     y, (m, omega) = layer.positions(raw), layer.metric(raw)
     # what navigation says of the metric that the layer reports
     metric = Metric.from_tensors(m.permute(0, 3, 4, 1, 2), omega.permute(0, 2, 3, 1))
-    navigated = navigation(metric)
+    navigated = navigation_of(metric)
     relative = y.permute(0, 3, 4, 1, 2) - winds(navigated)[..., None, :]
     inverse = torch.linalg.inv(frames(navigated))
     size = torch.linalg.vector_norm(torch.einsum("bhwij,bhwkj->bhwki", inverse, relative), dim=-1)
@@ -245,7 +245,7 @@ def test_groups_have_frames_of_their_own():
     x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
     m, omega = layer.metric(x)
     assert m.shape == (1, 2, 2, 2, 5, 6) and omega.shape == (1, 2, 2, 5, 6)
-    navigated = navigation(Metric.from_tensors(m.permute(0, 1, 4, 5, 2, 3), omega.permute(0, 1, 3, 4, 2)))
+    navigated = navigation_of(Metric.from_tensors(m.permute(0, 1, 4, 5, 2, 3), omega.permute(0, 1, 3, 4, 2)))
     # the mean of the samples is B·w
     mean = layer.positions(x).unflatten(1, (2, 9)).mean(2)
     torch.testing.assert_close(mean.permute(0, 1, 3, 4, 2), winds(navigated))

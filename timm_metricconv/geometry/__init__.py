@@ -5,7 +5,7 @@ from .geodesics import geodesic_positions
 from .image_metric import image_metric
 from .implicit import FrameFit, RandersFit, anisotropy, asymmetry, fit_frame, fit_randers, star_hull, unit_ball
 from .metrics import Metric, Root, randers, square_root, zermelo_ellipse
-from .navigation import Frame, Navigation, affine_fields, navigation, randers_of
+from .navigation import Frame, Navigation, affine_fields, navigation_of, randers_of
 from .parametrizations import PARAMETRIZATIONS, Parametrization, frame_of
 from .patterns import PATTERNS
 from .rays import ray_positions
@@ -29,7 +29,7 @@ __all__ = [
     "frame_of",
     "geodesic_positions",
     "image_metric",
-    "navigation",
+    "navigation_of",
     "randers",
     "randers_of",
     "ray_positions",

@@ -43,11 +43,15 @@ def _curl(x: Tensor, y: Tensor, spacing: Tuple[float, float]) -> Tensor:
 def _coefficients(fields: Tensor, spacing: Tuple[float, float], tiny: float = TINY) -> Tensor:
     """`[B, 5, H, W]` → A⁻¹, the curls over −det A and v, `[B, 8, H + 2, W + 2]`: the pixels and a ring around them."""
     # Outside the grid the field is the nearest pixel's, so from the ring on nothing changes across the border.
-    a, b, d, vx, vy = F.pad(fields, [2, 2, 2, 2], mode="replicate").unbind(1)
+    # By indices: Inductor cannot compile the derivative of torch's replicating pad.
+    rows = torch.arange(-2, fields.shape[2] + 2, device=fields.device).clamp(0, fields.shape[2] - 1)
+    columns = torch.arange(-2, fields.shape[3] + 2, device=fields.device).clamp(0, fields.shape[3] - 1)
+    around = fields.index_select(2, rows).index_select(3, columns)
+    a, b, d, vx, vy = around.unbind(1)
     curls = torch.stack(
         (_curl(a, b, spacing), _curl(b, d, spacing), _curl(a * vx + b * vy, b * vx + d * vy, spacing)), 1
     )
-    a, b, d, vx, vy = F.pad(fields, [1, 1, 1, 1], mode="replicate").unbind(1)
+    a, b, d, vx, vy = around[:, :, 1:-1, 1:-1].unbind(1)
     det = torch.maximum(a * d - b * b, tiny * (a + d).square())
     return torch.cat((torch.cat((torch.stack((d, -b, a), 1), -curls), 1) / det[:, None], torch.stack((vx, vy), 1)), 1)
 

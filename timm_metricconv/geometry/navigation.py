@@ -57,7 +57,7 @@ def frame_root(b: Frame) -> Root:
     return square_root(yy * yy + yx * yx, -(yy * xy + yx * xx), xx * xx + xy * xy, inverse)
 
 
-def navigation(metric: Metric, least: float = LEAST_MARGIN) -> Navigation:
+def navigation_of(metric: Metric, least: float = LEAST_MARGIN) -> Navigation:
     """The frame and the wind of a Randers metric with ‖v‖ < 1: B = A⁻¹(I + c·vvᵀ)/√λ, c = 1/(√λ + λ), and w = −v."""
     a, b, d, x, y = metric
     margin = (1 - x * x - y * y).clamp(min=least)

@@ -17,7 +17,7 @@ from ..geometry import (
     affine_fields,
     frame_of,
     geodesic_positions,
-    navigation,
+    navigation_of,
     randers_of,
     ray_positions,
 )
@@ -214,7 +214,7 @@ class MetricConv2d(BallConv2d):
         """The unit balls: affine maps of the pattern, or positions on rays or on geodesics."""
         raw = self._channels(raw)
         if self.ball == "tangent" and self.sampling == "navigation":
-            navigated = self._predicted_frame(raw) if self._framed else navigation(self._predicted_metric(raw))
+            navigated = self._predicted_frame(raw) if self._framed else navigation_of(self._predicted_metric(raw))
             fields = affine_fields(navigated, self.wind_step)
             return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points.flatten(0, 1))
         metric = self._metric(raw)
