@@ -1,4 +1,4 @@
-"""`python -m timm_metricconv`: versions, devices, and which backends can run here; `--check`: whether they are right."""
+"""`python -m timm_metricconv`: versions, devices, which backends can run here; `--check`: whether they are right."""
 
 import argparse
 import platform
