@@ -32,7 +32,7 @@ def test_what_agrees_passes_and_the_exit_status_says_so(monkeypatch, capsys):
     [
         (lambda out, x, weight: out + 0.1, "WRONG in float32: output, "),
         (
-            lambda out, x, weight: out + 0 * x.sum() + (weight - weight.detach()).sum(),
+            lambda out, x, weight: out + (weight - weight.detach()).sum() * out.detach(),
             "WRONG in float32: gradient of weight",
         ),
         (lambda out, x, weight: 1 / 0, "FAILS in float32: ZeroDivisionError"),
