@@ -255,8 +255,11 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         arguments = weight, bias, mask, stride, padding, dilation, groups
         if _differentiates():
             return ball_conv2d_reference(x, samples, *arguments)
-        if isinstance(samples, Tensor):
-            return operator(x, samples, *arguments)
-        return operator(x, samples.fields, *arguments, samples.points.to(samples.fields.dtype))
+        source = samples if isinstance(samples, Tensor) else samples.fields
+        points = None if isinstance(samples, Tensor) else samples.points.to(source.dtype)
+        if torch.compiler.is_compiling():
+            # Inductor cannot keep a view for the backward pass where sizes are symbols; it fuses this copy away.
+            source = source.clone()
+        return operator(x, source, *arguments, points)
 
     return function
