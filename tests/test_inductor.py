@@ -1,4 +1,4 @@
-"""`torch.compile` with its default compiler, which `aot_eager` and `opcheck` do not stand for: strides, sizes, training."""
+"""`torch.compile` with its default compiler, which neither `aot_eager` nor `opcheck` stands for."""
 
 import pytest
 import timm
