@@ -142,6 +142,7 @@ def test_a_smaller_command_keeps_what_was_complete(tmp_path):
     "changes, message",
     [
         ({"seeds": [0, 1, 0]}, "seeds: expected different ones"),
+        ({"checkpoint": "nowhere.safetensors", "source": {}}, "checkpoint: expected a file"),
         ({"conv": ["metric", "metric"]}, "conv: expected different ones"),
         ({"train": {"seed": 7}}, r"train\.seed: the comparison sets it"),
         ({"train": {"model": "resnet50"}}, r"train\.model: the comparison sets it"),
@@ -157,7 +158,7 @@ def test_convnext(tmp_path):
     arguments = {"patch_size": 1, "stages": [2], "depths": [1, 1, 1, 1], "ls_init_value": 1.0}
     config = tiny(tmp_path, model="test_convnext", model_args=arguments)
     source = timm.create_model("test_convnext", patch_size=1, depths=[1, 1, 1, 1], ls_init_value=1.0, num_classes=2)
-    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    save_file(source.state_dict(), own)
     kernels, x = compare_module._kernels(config), torch.randn(2, 3, 8, 8)
     assert kernels == ["stages.1.blocks.0.conv_dw"]
     costs = {}
@@ -179,12 +180,13 @@ def test_convnext(tmp_path):
 @pytest.mark.parametrize("init", ["transfer", "uniform", "scratch"])
 def test_every_network_starts_alike(tmp_path, conv, kernel, init):
     """What a cell's run starts from, in the layers that are adaptive in some network and in the others."""
-    config = tiny(tmp_path, conv=[conv])
+    own = str(tmp_path / "source.safetensors")
+    config = tiny(tmp_path, conv=[conv], source={}, checkpoint=own)  # weights of one's own, without the Hub
     source = timm.create_model("test_resnet_metric", stem="cifar", stages=[], num_classes=2)
     save_file(source.state_dict(), tmp_path / "source.safetensors")
-    run = compare_module._run(
-        config, Cell(conv, init, kernel), 5, str(tmp_path / "source.safetensors"), compare_module._kernels(config)
-    )
+    compare_module._check(config)
+    checkpoint = compare_module._source_checkpoint(config)
+    run = compare_module._run(config, Cell(conv, init, kernel), 5, checkpoint, compare_module._kernels(config))
     assert pickle.loads(pickle.dumps(run)) == run and run.seed == 5
     model, adaptive, other = build_model(run, 2), "layer3.0.conv2.weight", "layer1.0.conv1.weight"
     uniform = torch.full_like(model.get_parameter(adaptive), 1 / model.get_parameter(adaptive)[0].numel())

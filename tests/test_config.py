@@ -70,6 +70,11 @@ def test_bases_in_a_circle(tmp_path):
         read_yaml(tmp_path / "one.yaml")
 
 
+def test_a_flag_may_be_switched_off(tmp_path):
+    (tmp_path / "mine.yaml").write_text("flag: true\n")
+    assert not from_command_line(Example, "", ["--config", str(tmp_path / "mine.yaml"), "--no-flag"]).flag
+
+
 @pytest.mark.parametrize("text", ["no", "007", "1.10", "1e-4", "true", "2026-11-24"])
 def test_text_stays_text(text):
     """YAML 1.1 would read a boolean, an octal number, a date; and a number's text is not always what was written."""
@@ -188,6 +193,10 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         (["--config", "a.yaml", "b.yaml"], "--config: expected one file; got a.yaml and b.yaml"),
         (["--config", "nowhere.yaml"], "no file 'nowhere.yaml'"),
         (["--sizes", "[0,1"], "sizes: this is not YAML"),
+        (["--steps", "3", "-b", "32"], "'-b': there are no short options"),
+        (["-j4"], "'-j4': there are no short options"),
+        (["--no-steps"], "steps: expected a valid integer"),
+        (["--no-flg"], "unknown key 'no_flg'. Did you mean 'flag'"),
         (["steps=3"], "expected --key value"),
     ],
 )

@@ -65,6 +65,7 @@ class CompareConfig(LaunchConfig, RunConfig):
     kernel: List[Literal["learnable", "fixed"]] = option(["learnable", "fixed"], "learnable (LKW), fixed (FKW)")
     seeds: List[Seed] = option([0, 1], "one run for each")
     source: Dict[str, Any] = option({}, "training of the standard classifier that warm starts load; empty: the Hub's")
+    checkpoint: Optional[str] = option(None, "warm starts load this .safetensors file of the standard network instead")
     train: Dict[str, Any] = option({}, "training, the same for every run (see scripts/train.py --help)")
 
 
@@ -112,7 +113,7 @@ def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
 def _source_checkpoint(config: CompareConfig) -> Optional[str]:
     """Trains the standard network on the source task, once; the file that every warm start loads."""
     if not config.source or config.init == ["scratch"]:
-        return None
+        return config.checkpoint
     folder = config.folder / "source"
     values = {**config.source, **_network(config, "standard"), "task": "classification"}
     values.update(name="source", output=str(folder))
@@ -275,6 +276,8 @@ def _check(config: CompareConfig) -> None:
                 raise ConfigError(f"train.{key}: the comparison sets it for each run; leave it out.")
         _train_config(config, **train)
     build(TrainConfig, config.source, where="source")
+    if config.checkpoint and (config.source or not Path(config.checkpoint).is_file()):
+        raise ConfigError(f"checkpoint: expected a file, and no source beside it; got {config.checkpoint!r}.")
 
 
 def _with_earlier_rows(config: CompareConfig) -> CompareConfig:

@@ -159,6 +159,8 @@ def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             found.append([key.replace("-", "_"), text] if equals else [key.replace("-", "_")])
+        elif re.fullmatch(r"-[a-zA-Z]\w?", word):
+            raise ConfigError(f"command line: {word!r}: there are no short options; --help has the long ones.")
         elif found:
             found[-1].append(word)
         else:
@@ -202,12 +204,16 @@ def from_command_line(cls: Type[C], description: str, arguments: Optional[Sequen
     if "--help" in arguments or "-h" in arguments:
         print(_help(cls, description))
         raise SystemExit(0)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     overrides = _overrides(arguments)
+    for key in [key for key in overrides if key.startswith("no_") and key[3:] in names and overrides[key] == "true"]:
+        del overrides[key]
+        overrides[key[3:]] = "false"
     path = overrides.pop("config", None)
     if isinstance(path, list):
         raise ConfigError(f"--config: expected one file; got {' and '.join(path)}.")
     values = {} if path is None else read_yaml(config_file(path))
-    if path is not None and any(field.name == "name" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
+    if path is not None and "name" in names:
         values.setdefault("name", Path(path).stem)
     return build(cls, merge(values, overrides), where=str(path or "command line"))
 
