@@ -22,7 +22,8 @@ from timm_metricconv.recipes.network import build_model
 
 KEYS = [
     "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "top5_mean", "top5_std",
-    "top5", "vs_standard", "params", "predictor_params", "gmacs", "images_per_second", "seconds", "geometry",
+    "top5", "predicted", "vs_standard", "params", "predictor_params", "gmacs", "images_per_second", "seconds",
+    "geometry",
 ]  # fmt: skip
 
 
@@ -119,6 +120,13 @@ def test_a_comparison_may_be_moved_but_not_changed(tmp_path, monkeypatch):
     assert (tmp_path / "moved" / "config.yaml").read_text() == before
 
 
+def test_a_network_that_predicts_one_class_is_no_verdict():
+    """Two such networks differ by nothing, which would read "no difference"."""
+    same = {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert compare_module._versus({"predicted": 1, "vs_standard": same}) == "predicts one class"
+    assert "no difference" in compare_module._versus({"predicted": 2, "vs_standard": same})
+
+
 @pytest.mark.slow
 def test_a_smaller_command_keeps_what_was_complete(tmp_path):
     """Another row, fewer seeds: the summary is of the folder, and pairs the seeds that two rows share."""
@@ -158,7 +166,7 @@ def test_convnext(tmp_path):
     arguments = {"patch_size": 1, "stages": [2], "depths": [1, 1, 1, 1], "ls_init_value": 1.0}
     config = tiny(tmp_path, model="test_convnext", model_args=arguments)
     source = timm.create_model("test_convnext", patch_size=1, depths=[1, 1, 1, 1], ls_init_value=1.0, num_classes=2)
-    save_file(source.state_dict(), own)
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
     kernels, x = compare_module._kernels(config), torch.randn(2, 3, 8, 8)
     assert kernels == ["stages.1.blocks.0.conv_dw"]
     costs = {}
@@ -183,7 +191,7 @@ def test_every_network_starts_alike(tmp_path, conv, kernel, init):
     own = str(tmp_path / "source.safetensors")
     config = tiny(tmp_path, conv=[conv], source={}, checkpoint=own)  # weights of one's own, without the Hub
     source = timm.create_model("test_resnet_metric", stem="cifar", stages=[], num_classes=2)
-    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    save_file(source.state_dict(), own)
     compare_module._check(config)
     checkpoint = compare_module._source_checkpoint(config)
     run = compare_module._run(config, Cell(conv, init, kernel), 5, checkpoint, compare_module._kernels(config))

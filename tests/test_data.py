@@ -409,6 +409,8 @@ def test_unknown_data(name, folder, monkeypatch):
     """timm reads a name whose prefix it does not know from `data_dir`: the network would train on another data set."""
     monkeypatch.chdir(folder.parent)
     with pytest.raises(ConfigError, match="data: "):
+        make_datasets(DataConfig(data=name))
+    with pytest.raises(ConfigError, match=r"data: |data_dir: .* is --data, not --data_dir"):
         make_datasets(DataConfig(data=name, data_dir=str(folder)))
 
 

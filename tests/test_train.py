@@ -37,7 +37,7 @@ from timm_metricconv.recipes.train import (
     make_optimiser,
     train,
 )
-from timm_metricconv.recipes.validate import ValidateConfig, validate
+from timm_metricconv.recipes.validate import ValidateConfig, per_class, validate
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +114,10 @@ def test_what_a_run_writes(tmp_path, images, capsys):
     assert "32 images to train on, 12 to validate on, 2 classes; test_resnet_metric: " in said
     folder = config.folder
     assert summary == json.loads((folder / "summary.json").read_text())
-    assert summary["top1"] > 90
+    assert summary["top1"] > 90 and summary["predicted"] == 2
+    best = max(csv.DictReader((folder / "curves.csv").open()), key=lambda row: float(row["top1"]))
+    assert summary["best_epoch"] == int(best["epoch"]) and (folder / "best" / "model.safetensors").exists()
+    assert "top-5" not in said and "top5" not in said  # of two classes
     assert len((folder / "curves.csv").read_text().splitlines()) == 1 + config.epochs
     assert "lr: 0.002" in (folder / "config.yaml").read_text()
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
@@ -123,9 +126,35 @@ def test_what_a_run_writes(tmp_path, images, capsys):
     assert model.num_classes == 2 and model.pretrained_cfg["input_size"] == (3, 16, 16)
     record = validate(ValidateConfig(model=f"local-dir:{folder}/model", data=images, workers=0, batch_size=5))
     assert record["top1"] == pytest.approx(summary["top1"]) and record["images"] == 12
+    said = capsys.readouterr().out
+    assert "Fewer than 10 images: " in said and "top-1 of each class" in said
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert train(config, quiet=True) == summary  # complete: only read
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_epochs_are_more(tmp_path, images, capsys):
+    """Of a complete run alone, from its last epoch's weights and optimiser, by the schedule of the longer run."""
+    short = tiny(tmp_path, images, epochs=1, sched="constant")
+    train(short, quiet=True)
+    longer = tiny(tmp_path, images, epochs=2, sched="constant")
+    summary = train(longer)
+    assert summary["epochs"] == 2 and "going on after epoch 1 of 2" in capsys.readouterr().out
+    whole = tiny(tmp_path, images, epochs=2, sched="constant", output=str(tmp_path / "whole"))
+    train(whole, quiet=True)
+    a, b = weights(whole.folder), weights(longer.folder)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(ConfigError, match=r"another epochs \(2 → 1\)"):
+        train(short, quiet=True)
+
+
+def test_accuracy_of_each_class():
+    rows = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]).float()
+    assert per_class(rows, ["ant", "bee", "fly"]) == [
+        {"class": "bee", "images": 2, "top1": 50.0},
+        {"class": "ant", "images": 1, "top1": 100.0},
+    ]
 
 
 @pytest.mark.slow

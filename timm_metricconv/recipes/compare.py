@@ -139,6 +139,7 @@ def _record(cell: Cell, config: CompareConfig, runs: Dict[int, Dict[str, Any]], 
         **cell._asdict(),
         "seeds": list(runs),
         **scores,
+        "predicted": max((run["predicted"] for run in runs.values() if "predicted" in run), default=None),
         "vs_standard": None,
         **cost,
         "images_per_second": statistics.median(run["images_per_second"] for run in runs.values()),
@@ -166,6 +167,8 @@ def _compare_with_standard(records: List[Dict[str, Any]], score: str) -> None:
 
 
 def _versus(record: Dict[str, Any]) -> str:
+    if record["predicted"] == 1:
+        return "predicts one class"
     if record["vs_standard"] is None:
         return ""
     difference = Difference(**record["vs_standard"])

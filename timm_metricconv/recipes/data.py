@@ -215,6 +215,12 @@ def _folder(root: Path) -> Pictures:
 
 def _dataset(config: DataConfig, train: bool) -> Dataset:
     name, _, part = config.data.partition("/")
+    if config.data_dir != DataConfig.data_dir and (
+        name in ("digits", "mnist", "textures") or Path(config.data).is_dir()
+    ):
+        raise ConfigError(
+            f"data_dir: {config.data!r} reads nothing there; a folder of images is --data, not --data_dir."
+        )
     if name == "digits":
         return _digits(part, train)
     if config.data == "mnist":

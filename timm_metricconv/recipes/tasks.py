@@ -51,15 +51,17 @@ def _loss(config: TrainConfig) -> nn.Module:
 
 
 def _measure(output: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy, and whether the class is the first, and among the first five: `[B, 3]`."""
-    hits = output.topk(min(5, output.shape[1])).indices == target[:, None]
+    """Cross-entropy, whether the class is the first, and among the first five, the class, and the first: `[B, 5]`."""
+    first = output.topk(min(5, output.shape[1])).indices
+    hits = first == target[:, None]
     loss = nn.functional.cross_entropy(output, target, reduction="none")
-    return torch.stack((loss, hits[:, 0].to(loss), hits.any(1).to(loss)), 1)
+    return torch.stack([loss, *(part.to(loss) for part in (hits[:, 0], hits.any(1), target, first[:, 0]))], 1)
 
 
 def _summarise(rows: Tensor) -> Dict[str, float]:
-    loss, top1, top5 = rows.double().mean(0).tolist()
-    return {"val_loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+    """The mean loss, top-1 and top-5 in percent, and how many classes are predicted at all."""
+    loss, top1, top5 = rows[:, :3].double().mean(0).tolist()
+    return {"val_loss": loss, "top1": 100 * top1, "top5": 100 * top5, "predicted": len(rows[:, 4].unique())}
 
 
 def _save(model: nn.Module, config: TrainConfig, folder: Path) -> None:

@@ -157,9 +157,9 @@ class _Average(ModelEmaV3):
         self.update(model, int(self.steps))
 
 
-def save_model(model: nn.Module, config: TrainConfig, folder: Path) -> None:
-    """Writes `model/`, what loads the network again: of a classifier `timm.create_model("local-dir:…")`."""
-    target, temporary = folder / "model", folder / "model.tmp"
+def save_model(model: nn.Module, config: TrainConfig, target: Path) -> None:
+    """Writes a folder that loads the network again: of a classifier `timm.create_model("local-dir:…")`."""
+    temporary = target.with_name(f"{target.name}.tmp")
     # safetensors refuses channels-last strides
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with _writing(target):
@@ -173,8 +173,8 @@ def save_model(model: nn.Module, config: TrainConfig, folder: Path) -> None:
 @torch.no_grad()
 def evaluate(
     task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator, channels_last: bool = True
-) -> Dict[str, float]:
-    """`val_loss` and the scores of a task over a prepared loader, all processes together."""
+) -> Tensor:
+    """What a task measures of each image of a prepared loader `[N, M]`, all processes together."""
     model.eval()
     rows = []
     for images, target in loader:
@@ -183,7 +183,7 @@ def evaluate(
         with accelerator.autocast():
             output = model(images)
         rows.append(accelerator.gather_for_metrics(task.measure(output.float(), target)).cpu())
-    return task.summarise(torch.cat(rows))
+    return torch.cat(rows)
 
 
 class _Trainer:
@@ -227,6 +227,9 @@ class _Trainer:
             self.task.loader(config, train_set, model.pretrained_cfg, True),
             self.task.loader(config, val_set, model.pretrained_cfg, False),
         )
+        # the first five of five classes are all of them
+        few = class_count(config, train_set) <= 5
+        self.scores = {key: name for key, name in self.task.scores.items() if key != "top5" or not few}
         self.model, self.optimiser, self.train_loader, self.val_loader = self.accelerator.prepare(
             model, optimiser, *loaders
         )
@@ -330,11 +333,12 @@ class _Trainer:
             self._check(total, images, place)
         loss = float(self.accelerator.reduce(total, reduction="mean"))
         seconds = time.perf_counter() - started
+        measured = evaluate(self.task, self.evaluated, self.val_loader, self.accelerator, self.config.channels_last)
         return {
             "epoch": epoch + 1,
             "lr": learning_rate(self.optimiser),
             "train_loss": loss / max(steps, 1),
-            **evaluate(self.task, self.evaluated, self.val_loader, self.accelerator, self.config.channels_last),
+            **self.task.summarise(measured),
             "images_per_second": images_seen * self.accelerator.num_processes / seconds,
             "seconds": time.perf_counter() - started,
         }
@@ -355,10 +359,11 @@ def _print_epoch(row: Dict[str, Any], scores: Dict[str, str]) -> None:
 def train(
     config: TrainConfig, *, quiet: bool = False, prepare: Optional[Callable[[nn.Module], None]] = None, label: str = ""
 ) -> Dict[str, Any]:
-    """Trains, or goes on with a run that was stopped; a complete run is only read.
+    """Trains, or goes on with a run that was stopped; a complete run is only read, or goes on where `epochs` are more.
 
-    Writes into `config.folder`: `config.yaml` (resolved), `curves.csv`, `checkpoints/`, `model/` (the last epoch's
-    weights, the EMA's where there is one) and, at the end, `summary.json` and (not where `quiet`) `geometry.png`.
+    Writes into `config.folder`: `config.yaml` (resolved), `curves.csv`, `checkpoints/`, `model/` and `best/` (the
+    weights of the last epoch and of the one with the best score, the EMA's where there is one) and, at the end,
+    `summary.json` and (not where `quiet`) `geometry.png`.
 
     Args:
         config: The run.
@@ -374,14 +379,16 @@ def train(
         ConfigError: The configuration cannot be used, or the folder holds another run.
         TrainingDiverged: The loss is not finite; the last good checkpoint is kept.
     """
-    folder = config.folder
-    check_same_run(config)
-    if (folder / "summary.json").exists():
+    file = config.folder / "summary.json"
+    ended = json.loads(file.read_bytes()) if file.exists() else None
+    longer = ended is not None and config.epochs > ended["epochs"]
+    check_same_run(config, free=["epochs"] if longer else [])
+    if ended and not longer:
         if not quiet:
-            console.print(f"{folder} is complete, and only read.")
-        return json.loads((folder / "summary.json").read_bytes())
+            console.print(f"{config.folder} is complete, and only read.")
+        return ended
     trainer = _Trainer(config, quiet, prepare, label)
-    with locked(folder) if trainer.main else nullcontext():
+    with locked(config.folder) if trainer.main else nullcontext():
         return _run(trainer)
 
 
@@ -401,9 +408,12 @@ def _run(trainer: _Trainer) -> Dict[str, Any]:
         rows.append(trainer.epoch(epoch))
         if trainer.main:
             write_atomic(folder / "curves.csv", csv_text(rows))
-            save_model(trainer.ema.module if trainer.ema else trainer.bare, config, folder)
+            network = trainer.ema.module if trainer.ema else trainer.bare
+            save_model(network, config, folder / "model")
+            if rows[-1] is _best(config, rows):
+                save_model(network, config, folder / "best")
             if not quiet:
-                _print_epoch(rows[-1], trainer.task.scores)
+                _print_epoch(rows[-1], trainer.scores)
                 trainer.remark_on_samples()
         checkpoints.save(epoch + 1)
     network, images = trainer.ema.module if trainer.ema else trainer.bare, sample_images(trainer.val_loader)
@@ -411,11 +421,17 @@ def _run(trainer: _Trainer) -> Dict[str, Any]:
     if trainer.main:
         write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not quiet:
-            print_table([{k: v for k, v in summary.items() if k != "geometry"}], f"{config.name}: {folder}")
+            hidden = {"geometry", *trainer.task.scores} - {*trainer.scores}
+            print_table([{k: v for k, v in summary.items() if k not in hidden}], f"{config.name}: {folder}")
             if summary["geometry"]:
                 save_figure(plot_geometry({("", config.model): summary["geometry"]}, {}), folder / "geometry.png")
     trainer.accelerator.free_memory()
     return summary
+
+
+def _best(config: TrainConfig, rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """The epoch with the highest deciding score, the first of them."""
+    return max(rows, key=lambda row: row[next(iter(TASKS[config.task].scores))])
 
 
 def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -425,7 +441,9 @@ def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) 
         "model": config.model,
         "data": config.data,
         "epochs": config.epochs,
+        "best_epoch": _best(config, rows)["epoch"],
         **{score: rows[-1][score] for score in TASKS[config.task].scores},
+        **{key: rows[-1][key] for key in ("predicted",) if key in rows[-1]},
         **parameter_counts(model),
         "images_per_second": speeds[len(speeds) // 2],
         "seconds": sum(row["seconds"] for row in rows),

@@ -1,17 +1,21 @@
 """Top-1 and top-5 of any model on any data set."""
 
-from typing import Any, Dict, Literal, Optional
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import torch
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from .config import ConfigError, option
 from .data import class_count, class_names, evaluation_crop, image_size, make_loader, make_validation_set
 from .network import check_images, create_model, parameter_counts
-from .report import print_table, update_csv, write_summary
+from .report import console, print_table, update_csv, write_summary
 from .settings import DataConfig
 from .tasks import CLASSIFICATION
 from .train import evaluate, make_accelerator
+
+# So many classes are printed, those that the network knows worst.
+WORST = 10
 
 
 @dataclass
@@ -43,6 +47,15 @@ def timm_row(config: ValidateConfig, record: Dict[str, Any], pretrained_cfg: dic
     }
 
 
+def per_class(rows: Tensor, names: Sequence[str]) -> List[Dict[str, Any]]:
+    """Images and top-1 of each class that has images, the lowest first, from what `evaluate` gives."""
+    of_class = [(name, rows[rows[:, 3] == number, 1]) for number, name in enumerate(names)]
+    table = [
+        {"class": name, "images": len(hits), "top1": 100 * hits.mean().item()} for name, hits in of_class if len(hits)
+    ]
+    return sorted(table, key=lambda row: row["top1"])
+
+
 def validate(config: ValidateConfig) -> Dict[str, Any]:
     """Evaluates `config.model` on the validation images.
 
@@ -68,11 +81,19 @@ def validate(config: ValidateConfig) -> Dict[str, Any]:
     check_images(model.eval(), torch.zeros(1, channels, size, size))
     loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
     model, loader = accelerator.prepare(model, loader)
-    result = evaluate(CLASSIFICATION, model, loader, accelerator)
+    rows = evaluate(CLASSIFICATION, model, loader, accelerator)
+    result = CLASSIFICATION.summarise(rows)
     bare = accelerator.unwrap_model(model)
     record = {"model": config.model, "data": config.data, "images": len(dataset), **result, **parameter_counts(bare)}
     if accelerator.is_main_process:
-        print_table([record], f"{config.model} on {config.data}")
+        shown = {key: value for key, value in record.items() if key != "top5" or classes > 5}
+        print_table([shown], f"{config.model} on {config.data}")
+        by_class = per_class(rows, ours or list(map(str, range(classes))))
+        print_table(by_class[:WORST], f"top-1 of each class, the lowest {WORST} of {classes}")
+        few = [row["class"] for row in by_class if row["images"] < 10]
+        if few:
+            names = ", ".join(few[:WORST])
+            console.print(f"Fewer than 10 images: {names}. One image more or less is over 10 % of such a class.")
         if config.output:
             write_summary(config.output, [record], f"{config.model} on {config.data}")
         if config.csv:
