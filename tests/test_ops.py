@@ -749,12 +749,6 @@ def test_samples_that_do_not_fit(change, message):
         ball_conv2d(**tensors | {"samples": Samples(**parts)}, **arguments)
 
 
-def test_groups_that_do_not_nest():
-    x, weight = torch.zeros(1, 12, 5, 5), torch.zeros(12, 4, 3, 3)
-    with pytest.raises(ValueError, match=r"metric_groups=2 .*groups=3"):
-        ball_conv2d(x, torch.zeros(1, 18, 2, 5, 5), weight, padding=1, groups=3)
-
-
 @pytest.mark.parametrize("sampling", ["navigation", "rays"])
 @pytest.mark.parametrize("drift", ["whitened", "sigmoid_norm"])
 @pytest.mark.parametrize("parametrization", ["frame", "logspd", "spectral"])
