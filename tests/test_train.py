@@ -28,6 +28,7 @@ from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
 from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
+from timm_metricconv.recipes.predict import PredictConfig, predict
 from timm_metricconv.recipes.run import locked
 from timm_metricconv.recipes.train import (
     TrainConfig,
@@ -126,6 +127,14 @@ def test_what_a_run_writes(tmp_path, images, capsys):
     assert model.num_classes == 2 and model.pretrained_cfg["input_size"] == (3, 16, 16)
     record = validate(ValidateConfig(model=f"local-dir:{folder}/model", data=images, workers=0, batch_size=5))
     assert record["top1"] == pytest.approx(summary["top1"]) and record["images"] == 12
+    values = {"model": f"local-dir:{folder}/model", "images": f"{images}/val", "workers": 0, "batch_size": 5}
+    rows = predict(PredictConfig(**values, output=str(tmp_path / "classes.csv")))
+    assert rows[0].keys() == {"file", "class", "probability"} and len(rows) == 12
+    hits = sum(row["file"].startswith(row["class"]) for row in rows)
+    assert 100 * hits / 12 == pytest.approx(summary["top1"])
+    assert (tmp_path / "classes.csv").read_text().startswith("file,class,probability\nbright/0.png,")
+    with pytest.raises(ConfigError, match="images: there is no image in"):
+        predict(PredictConfig(**{**values, "images": str(tmp_path / "nowhere")}))
     said = capsys.readouterr().out
     assert "Fewer than 10 images: " in said and "top-1 of each class" in said
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

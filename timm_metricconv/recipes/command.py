@@ -8,6 +8,7 @@ COMMANDS = {
     "train": ("train", "TrainConfig"),
     "compare": ("compare", "CompareConfig"),
     "validate": ("validate", "ValidateConfig"),
+    "predict": ("predict", "PredictConfig"),
     "denoise": ("denoise", "DenoiseConfig"),
     "visualise": ("visualise", "VisualiseConfig"),
     "benchmark": ("benchmark", "BenchmarkConfig"),

@@ -194,13 +194,15 @@ def _fashion_mnist(folder: Path, train: bool) -> Pictures:
     return Pictures(images.reshape(-1, 28, 28), labels.tolist(), range(10))
 
 
-def _folder(root: Path) -> Pictures:
-    """The images `<class>/<image>` of a folder; hidden files and folders are none.
-
-    Names are sorted as timm sorts them: numbers in them are numbers.
-    """
+def image_files(root: Path) -> List[str]:
+    """The images of a folder at any depth, without hidden ones, sorted as timm sorts: numbers in names are numbers."""
     files = sorted(f for f in glob.glob("**/*", root_dir=root, recursive=True) if Path(f).suffix.lower() in SUFFIXES)
-    files.sort(key=natural_key)
+    return sorted(files, key=natural_key)
+
+
+def _folder(root: Path) -> Pictures:
+    """The images `<class>/<image>` of a folder."""
+    files = image_files(root)
     if not files:
         raise ConfigError(f"data: there is no image in the folders of {str(root)!r}.")
     for file in files:
@@ -322,7 +324,7 @@ def _subset(key: str, dataset: Dataset, count: int, least: int, seed: int) -> Op
 
 
 @lru_cache
-def _check_files(files: Tuple[str, ...]) -> None:
+def check_files(files: Tuple[str, ...]) -> None:
     """Decodes images, the JPEG ones at an eighth of their size, and refuses one that cannot be decoded."""
 
     def problem(file: str) -> Optional[str]:
@@ -421,7 +423,7 @@ def make_datasets(config: DataConfig, seed: int = 0) -> Tuple[Dataset, Dataset]:
     """
     train, val = _dataset(config, True), _dataset(config, False)
     _check(config, train, val)
-    _check_files(getattr(train, "files", ()) + getattr(val, "files", ()))
+    check_files(getattr(train, "files", ()) + getattr(val, "files", ()))
     return _view(config, train, True, seed), _view(config, val, False)
 
 
@@ -432,7 +434,7 @@ def make_validation_set(config: DataConfig) -> Dataset:
         ConfigError: The data cannot be had; the message says what to do.
     """
     dataset = _dataset(config, False)
-    _check_files(getattr(dataset, "files", ()))
+    check_files(getattr(dataset, "files", ()))
     return _view(config, dataset, False)
 
 
