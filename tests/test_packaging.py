@@ -3,7 +3,11 @@
 import ast
 import graphlib
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,11 +79,22 @@ def test_types_are_shipped():
     assert (Path(timm_metricconv.__file__).parent / "py.typed").exists()
 
 
-def test_wheel_has_every_folder_and_the_configurations():
-    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "timm_metricconv").rglob("*.py")}
-    assert set(setup["packages"]) == {folder.replace("/", ".") for folder in folders} | {"timm_metricconv.configs"}
-    assert setup["package-data"]["timm_metricconv.configs"] == ["*.yaml"]
+def test_wheel_has_every_module_and_configuration(tmp_path):
+    """And the source archive what the wheel is built from."""
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "docs", "results", "runs", "*.egg-info")
+    )
+    for build in ("wheel", "sdist"):
+        code = f"from setuptools import build_meta; build_meta.build_{build}({str(tmp_path)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "timm_metricconv").rglob("*.py")}
+    configs = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    assert package | {f"timm_metricconv/{name}" for name in configs} <= set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(archive) as files:
+        assert package | configs | {"setup.py"} <= {name.partition("/")[2] for name in files.getnames()}
 
 
 def test_imports_go_one_way():
