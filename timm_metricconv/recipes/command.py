@@ -31,7 +31,7 @@ def main() -> None:
         from . import config
 
         recipe = import_module(f".{module}", __package__)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         extra = "export" if name == "export" else "recipes"
         print(f'error: {error}: {name} needs pip install "timm_metricconv[{extra}]".', file=sys.stderr)
         raise SystemExit(2) from None
