@@ -34,14 +34,16 @@ def difference(ours, theirs):
 
 
 def merge(target, *summaries):
+    """Each row's differences to the rows `standard` and `metric` of the same start and kernels are made anew."""
     rows = read(target) if Path(target).exists() else {}
     for summary in summaries:
         rows |= read(summary)
     for (conv, *rest), row in rows.items():
-        standard = rows.get(("standard", *rest))
-        found = difference(row, standard) if standard and conv != "standard" else None
-        for key in ("difference", "low", "high"):
-            row[f"vs_standard.{key}"] = found and getattr(found, key)
+        row.pop("vs_standard", None)  # of a comparison without the standard convolution
+        for base in ("standard", "metric"):
+            other = rows.get((base, *rest))
+            found = difference(row, other) if other and conv != base else None
+            row |= {f"vs_{base}.{key}": found and getattr(found, key) for key in ("difference", "low", "high")}
     write_atomic(target, csv_text(list(rows.values())))
 
 
