@@ -16,7 +16,7 @@ from timm_metricconv.layers import BallConv2d
 from timm_metricconv.recipes.config import build, read_yaml
 from timm_metricconv.recipes.data import make_datasets, make_loader
 from timm_metricconv.recipes.network import create_model
-from timm_metricconv.recipes.train import TrainConfig
+from timm_metricconv.recipes.settings import TrainConfig
 
 
 def make(folder, classes=8, count=50, size=32):

@@ -15,6 +15,7 @@ from timm_metricconv.recipes.report import csv_text, write_atomic
 
 RATES = ("0.03", "0.1", "0.3", "1.0", "3.0")
 CELL = ("conv", "init", "kernel")
+ORDER = ("standard", "shifted", "deform", "deform-bounded", "metric", "metric-rays")  # others follow as they come
 
 
 def read(path):
@@ -44,7 +45,12 @@ def merge(target, *summaries):
             other = rows.get((base, *rest))
             found = difference(row, other) if other and conv != base else None
             row |= {f"vs_{base}.{key}": found and getattr(found, key) for key in ("difference", "low", "high")}
-    write_atomic(target, csv_text(list(rows.values())))
+    starts = list(dict.fromkeys((row["init"], row["kernel"]) for row in rows.values()))
+    place = {conv: number for number, conv in enumerate(ORDER)}
+    ordered = sorted(
+        rows.values(), key=lambda r: (starts.index((r["init"], r["kernel"])), place.get(r["conv"], len(place)))
+    )
+    write_atomic(target, csv_text(ordered))
 
 
 def named(text):
@@ -67,6 +73,8 @@ def rates(task):
             for rate, file in files.items()
             if (conv, "scratch", "learnable") in file
         }
+        if len(rows) == 1:
+            continue
         best = max(rows, key=lambda rate: statistics.mean(by_seed(rows[rate]).values()))
         entry = {"conv": conv, "best": best}
         for rate in files:

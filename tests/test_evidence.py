@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.layers import LAYERS, BallConv2d, DeformConv2d
 from timm_metricconv.recipes import compare
@@ -109,12 +109,12 @@ def test_tables(tmp_path, monkeypatch):
     write("new.csv", metric=[2.0, 4.0], deform=[5.0, 6.0])
     tables["merge"]("results/t-rate-0.1.csv", "results/new.csv")
     merged = rows("t-rate-0.1.csv")
-    assert list(merged) == ["standard", "metric", "deform"] and merged["metric"]["top1"] == "2.0 4.0"
+    assert list(merged) == ["standard", "deform", "metric"] and merged["metric"]["top1"] == "2.0 4.0"
     assert float(merged["metric"]["vs_standard.difference"]) == 1.5 and not merged["standard"]["vs_standard.low"]
     assert float(merged["deform"]["vs_metric.difference"]) == 2.5
     write("t-rate-1.0.csv", metric=[4.0, 5.0])
     tables["rates"]("t")
-    metric = rows("t-rates.csv")["metric"]
+    (metric,) = rows("t-rates.csv").values()
     assert (metric["best"], float(metric["0.1.loss"]), metric["1.0.loss"]) == ("1.0", 1.5, "")
     found = tables["difference"](*map(tables["named"], ("t-rate-1.0.csv:metric", "t-rate-0.1.csv:metric")))
     assert found.difference == 1.5

@@ -144,7 +144,7 @@ def test_tests_import_what_their_extra_declares():
     assert imports(*(ROOT / "tests").glob("*.py")) <= declared
 
 
-@pytest.mark.parametrize("folder, extras", [("scripts", ()), ("docs", ("demo", "data"))])
+@pytest.mark.parametrize("folder, extras", [("scripts", ()), ("docs", ("recipes", "data"))])
 def test_scripts_import_no_more_than_the_package(folder, extras):
     assert imports(*(ROOT / folder).rglob("*.py")) <= names(requirements()) | names(requirements(*extras))
 
