@@ -1,7 +1,7 @@
 """Shapes of known pose: does the geometry that a network predicts turn with the shape?
 
 python docs/pose.py make FOLDER draws the shapes (`pip install ".[data]"`), as an image folder whose classes are shapes;
-python docs/pose.py measure FOLDER RUN... CSV reads how each layer of trained networks answers.
+python docs/pose.py measure RUN... CSV reads how each layer of trained networks answers.
 """
 
 import csv
@@ -71,7 +71,7 @@ def alignment(axis, angles, labels):
     return float(torch.stack(resultants).mean())
 
 
-def measure(folder, *runs, output):
+def measure(*runs, output):
     """A row for each run and layer: the alignment, and what shuffled angles give in 19 of 20 cases at the most."""
     rows = []
     for run in runs:
@@ -80,7 +80,7 @@ def measure(folder, *runs, output):
         dataset = make_datasets(config)[1]
         loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        names = [Path(dataset.filename(index)).stem for index in range(len(dataset))]
+        names = [Path(file).stem for file in dataset.files]
         angles = torch.tensor([math.radians(float(name.split("_")[1])) for name in names], dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         for layer, axis in axes(model, images).items():
