@@ -25,6 +25,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What the code of a page imports besides the package's own dependencies.
 NEEDS = {"quickstart": ("accelerate", "rich", "sklearn"), "export": ("onnx", "onnxscript")}
 NEEDS |= {"large_kernels": ("accelerate", "rich")}
+LAUNCH = {"multi_gpu", "num_processes", "node_rank"}  # of `accelerate launch`
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:python|accelerate launch [^`\n]*?) ?\bscripts/(\w+)\.py([^`\n]*)")
 FILE = re.compile(
@@ -116,7 +117,7 @@ def accepts(script, words):
 def test_options_in_prose_exist():
     """`--half true`, `--train.epochs 30`: each is a key of some script."""
     keys = {field.name for name in SCRIPTS for field in fields(script_config(name))}
-    keys |= {"config", "debug", "help", "key"}
+    keys |= {"config", "debug", "help", "key"} | LAUNCH
     for page in PAGES:
         assert set(re.findall(r"`--(\w+)", page.read_text())) <= keys, page.name
 
@@ -127,8 +128,7 @@ def test_configurations_and_the_options_in_their_comments(path):
     owners = [name for name in SCRIPTS if accepts(name, ["--config", str(path)])]
     assert owners
     keys = {field.name for name in owners for field in fields(script_config(name))} | {"config"}
-    launch = {"multi_gpu", "num_processes"}
-    assert {word.split(".")[0] for word in re.findall(r"--(\w[\w.]*)", comments(path))} <= keys | launch
+    assert {word.split(".")[0] for word in re.findall(r"--(\w[\w.]*)", comments(path))} <= keys | LAUNCH
 
 
 def test_commands_are_found():
