@@ -115,11 +115,11 @@ def accepts(script, words):
 
 
 def test_options_in_prose_exist():
-    """`--half true`, `--train.epochs 30`: each is a key of some script."""
+    """`--half true`, `--train.epochs 30`: each is a key of some script; timm's scripts write `--initial-checkpoint`."""
     keys = {field.name for name in SCRIPTS for field in fields(script_config(name))}
     keys |= {"config", "debug", "help", "key"} | LAUNCH
     for page in PAGES:
-        assert set(re.findall(r"`--(\w+)", page.read_text())) <= keys, page.name
+        assert set(re.findall(r"`--(\w+)(?![\w-])", page.read_text())) <= keys, page.name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
