@@ -17,15 +17,17 @@ from timm_metricconv.recipes.report import print_table
 from timm_metricconv.recipes.train import TrainConfig, train
 
 DATA = {"digits": {}, "textures": {"data": "textures", "input_size": 32, "scale": [0.5, 1.0], "hflip": 0.5}}
+# a bounded metric on the paper's rays, whose samples lie at their distance
+OURS = {"parametrization": "logspd", "sampling": "rays", "eps_omega": 0.5}
 THEIRS = {**PAPER["conv_cfg"], "scale": [0.1, 1.5]}  # a run's config.yaml has lists
-CONV_CFGS = {"default": {}, "paper": THEIRS, "paper FKW": {**THEIRS, "fixed_kernel": True}}
+CONV_CFGS = {"logspd": OURS, "paper": THEIRS, "paper FKW": {**THEIRS, "fixed_kernel": True}}
 # data, layers, whether they are mixed in training
 CASES = (
-    ("digits", "default", True),
+    ("digits", "logspd", True),
     ("digits", "paper", True),
     ("digits", "paper FKW", True),
-    ("textures", "default", True),
-    ("textures", "default", False),
+    ("textures", "logspd", True),
+    ("textures", "logspd", False),
     ("textures", "paper FKW", True),
 )
 
