@@ -774,9 +774,15 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     sizes = sizes._replace(blocks=blocks, images=together)
 
     def room(t: Optional[Tensor]) -> Tensor:
-        return torch.empty(0 if t is None else (blocks, *by_pixels(t).shape))
+        if t is None:
+            return torch.empty(0)
+        return by_pixels(t)[None] if blocks == 1 else torch.empty(blocks, *by_pixels(t).shape)
 
-    grad_x = torch.zeros(0 if into.x is None else len(arrays.x))
+    # an image that is laid out as the kernels work takes its gradient without a copy
+    direct = into.x is not None and into.x.dtype == torch.float32 and into.x.numel() == len(arrays.x)
+    grad_x = torch.zeros(0 if into.x is None or direct else len(arrays.x))
+    if into.x is not None and direct:
+        grad_x = by_pixels(into.x).flatten().zero_()
     grad_source, grad_mask = room(into.source), room(into.mask)
     need_taps = depthwise and into.weight is not None
     grad_taps = torch.zeros((batch, sizes.taps, sizes.channels) if need_taps else 0)
@@ -792,12 +798,12 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
         wanted = into.x is not None or into.source is not None, into.weight is not None
         grad_weight = _backward_by_columns(arguments, grad.flatten(1, 2), *wanted, sizes, arrays)
 
-    if into.x is not None:
+    if into.x is not None and not direct:
         grad_x = _out_of_registers(grad_x.view(batch, sizes.height, sizes.width, -1), groups, into.x.shape[1])
         by_pixels(into.x).copy_(grad_x[:, : into.x.shape[2], : into.x.shape[3]])
     for result, to in ((grad_source, into.source), (grad_mask, into.mask)):
-        if to is not None:
-            by_pixels(to).copy_(result.sum(0) if blocks > 1 else result[0])
+        if to is not None and blocks > 1:
+            by_pixels(to).copy_(result.sum(0))
     if into.weight is not None and grad_weight is not None:
         into.weight.copy_(grad_weight.reshape(into.weight.shape))
 
