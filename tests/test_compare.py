@@ -170,7 +170,7 @@ def test_convnext(tmp_path):
     kernels, x = compare_module._kernels(config), torch.randn(2, 3, 8, 8)
     assert kernels == ["stages.1.blocks.0.conv_dw"]
     costs = {}
-    for conv, channels in (("standard", 0), ("shifted", 2), ("metric", 5), ("deform", 98)):
+    for conv, channels in (("standard", 0), ("shifted", 2), ("metric", 6), ("deform", 98)):
         run = compare_module._run(
             config, Cell(conv, "transfer", "learnable"), 0, str(tmp_path / "source.safetensors"), kernels
         )
