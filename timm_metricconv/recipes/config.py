@@ -183,7 +183,8 @@ def _help(cls: type, description: str) -> str:
     lines = [
         description,
         "",
-        "usage: --config FILE.yaml (or quickstart, ...) [--debug] [--key value ...]; the file may hold these keys:",
+        "usage: --config FILE.yaml (or quickstart, ...) [--debug] [--key value ...]; the file may hold these keys.",
+        "--flag and --no-flag are true and false, and a dash in a key is an underscore.",
         "",
     ]
     for field in dataclasses.fields(cls):
