@@ -84,6 +84,7 @@ def measure(*runs, output):
         angles = torch.tensor([math.radians(float(name.split("_")[1])) for name in names], dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         for layer, axis in axes(model, images).items():
+            anisotropy, axis = math.exp(float(axis.abs().mean())), axis - axis.mean()  # a fixed axis is no answer
             chance = [
                 alignment(axis, angles[torch.randperm(len(angles), generator=generator)], labels) for _ in range(200)
             ]
@@ -94,7 +95,7 @@ def measure(*runs, output):
                     "layer": layer,
                     "alignment": alignment(axis, angles, labels),
                     "chance": sorted(chance)[189],
-                    "anisotropy": math.exp(float(axis.abs().mean())),
+                    "anisotropy": anisotropy,
                 }
             )
     with open(output, "w", newline="") as file:
