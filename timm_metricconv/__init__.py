@@ -12,7 +12,7 @@ from .layers import (
 )
 from .models import PAPER, convert
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "LAYERS",
