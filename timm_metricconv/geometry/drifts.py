@@ -6,6 +6,7 @@ but `whitened` are the paper's: they give ω by their own formula, whose ε unde
 
 from typing import Tuple
 
+import torch
 from torch import Tensor
 
 from .metrics import Root, whitened_drift
@@ -13,11 +14,16 @@ from .metrics import Root, whitened_drift
 EPS = 1e-6
 
 
-def whitened(raw: Tensor, root: Root, eps_omega: float) -> Tuple[Tensor, Tensor]:
-    """v = raw·(1 − ε_ω) / sqrt(1 + ‖raw‖²): ‖v‖ < 1 − ε_ω by algebra."""
+def within_the_disk(raw: Tensor, eps_omega: float) -> Tuple[Tensor, Tensor]:
+    """raw·(1 − ε_ω) / sqrt(1 + ‖raw‖²), shorter than 1 − ε_ω by algebra."""
     x, y = raw[..., 0], raw[..., 1]
-    size = (1 - eps_omega) * (1 + x * x + y * y).rsqrt()
+    size = (1 - eps_omega) * torch.addcmul(torch.addcmul(torch.ones_like(x), x, x), y, y).rsqrt()
     return x * size, y * size
+
+
+def whitened(raw: Tensor, root: Root, eps_omega: float) -> Tuple[Tensor, Tensor]:
+    """v = `within_the_disk`: ‖ω‖_{M⁻¹} < 1 − ε_ω, whatever M is."""
+    return within_the_disk(raw, eps_omega)
 
 
 def _norm(raw: Tensor, root: Root, eps: float = EPS) -> Tensor:

@@ -21,6 +21,7 @@ from ..geometry import (
     randers_of,
     ray_positions,
 )
+from ..geometry.drifts import within_the_disk
 from ..geometry.navigation import frame_root
 from ..geometry.parametrizations import FRAME_BOUND
 from ..ops import Samples
@@ -198,7 +199,10 @@ class MetricConv2d(BallConv2d):
     def _predicted_frame(self, raw: Tensor) -> Navigation:
         """Channels of `frame` → the frames and the winds in them, components `[B, H_out, W_out, G]`."""
         b = frame_of(raw[..., : self.channels - 2])
-        x, y = self._drift(raw, frame_root(b))
+        if self._whitened and self.eps_omega < 1.0:  # no root, which would be half of all that is computed here
+            x, y = within_the_disk(raw[..., self.channels - 2 :], self.eps_omega)
+        else:
+            x, y = self._drift(raw, frame_root(b))
         return Navigation(b.xx, b.xy, b.yx, b.yy, x, y)
 
     def _predicted_metric(self, raw: Tensor) -> Metric:
