@@ -261,5 +261,5 @@ def test_batch_independence_script(tmp_path, monkeypatch):
     layer.__class__ = MetricConv2d
     torch.testing.assert_close(mixed, page["positions"](x, mixed=True), rtol=1e-4, atol=1e-5)
     script["DATA"]["digits"]["data"] = "digits/0-1"  # fewer images
-    result = script["run"]("digits", {"eps_omega": 0.9}, mixed=True, epochs=1, seed=0, folder=str(tmp_path))
+    result = script["run"]("digits", {"eps_omega": 0.9}, mixed=True, epochs=2, seed=0, folder=str(tmp_path))
     assert all(0 <= value <= 100 for value in result.values()) and len(result) == 7

@@ -240,7 +240,7 @@ def test_missing_repositories_and_checkpoints_that_do_not_fit(hub, standard_fold
     hub.add(STANDARD, standard_folder)
     hub.add("tester/broken", run_folder / "model")
     settings = json.loads(hub.repos["tester/broken"]["config.json"])
-    settings["model_args"].pop("conv_cfg")
+    settings["model_args"]["conv_cfg"] = {"parametrization": "cholesky"}
     hub.repos["tester/broken"]["config.json"] = json.dumps(settings).encode()
     names = ("resnet18_metric", "hf-hub:tester/nothing", "hf-hub:tester/broken")
     result = hub.python(ERRORS, *names)
