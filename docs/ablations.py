@@ -6,8 +6,6 @@ does the gain end?
 """
 
 import torch
-from timm.layers import LayerNorm2d
-from torch import nn
 
 from timm_metricconv import DeformConv2d, MetricConv2d
 from timm_metricconv.geometry import affine_fields
@@ -93,8 +91,7 @@ class PolynomialConv2d(DeformConv2d):
         x, y = self.points.flatten(0, 1).T
         powers = [x**i * y**j for i in range(self.degree + 1) for j in range(self.degree + 1 - i)]
         basis = torch.linalg.qr(torch.stack(powers, 1)).Q * len(x) ** 0.5  # each moves a tap as far as one offset does
-        raw = raw.unflatten(1, (self.metric_groups, -1, 2)).flip(3)
-        offsets = torch.einsum("ki,bgidhw->bgkdhw", basis, raw)
+        offsets = torch.einsum("ki,bgidhw->bgkdhw", basis, self._predicted_offsets(raw))
         return (torch.tanh(offsets) + self.points.flatten(0, 1)[:, :, None, None]).flatten(1, 2)
 
 
@@ -104,43 +101,7 @@ class LinearConv2d(PolynomialConv2d):
     degree = 1
 
 
-class _NormedDepthwise(nn.Conv2d):
-    def __init__(self, channels, *args, **kwargs):
-        super().__init__(channels, *args, **kwargs)
-        self.norm = LayerNorm2d(channels, device=kwargs["device"], dtype=kwargs["dtype"])
-
-    def forward(self, x):
-        return nn.functional.gelu(self.norm(super().forward(x)))
-
-
-class NormedPredictor:
-    """A separable predictor with a norm and an activation between its two convolutions, as DCNv3 has them."""
-
-    def _make_predictor(self, channels, dd):
-        depthwise, pointwise = super()._make_predictor(channels, dd)
-        same = {name: getattr(depthwise, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
-        channels = depthwise.in_channels
-        return nn.Sequential(_NormedDepthwise(channels, channels, **same, bias=False, **dd), pointwise)
-
-
-class NormedMetricConv2d(NormedPredictor, MetricConv2d):
-    """The metric convolution with that predictor."""
-
-
-class NormedDeformConv2d(NormedPredictor, DeformConv2d):
-    """The deformable convolution with that predictor."""
-
-
-class BoundThirdConv2d(BoundConv2d):
-    """A bound of 0.32 at 7×7 moves the outermost taps by the pixel that 0.95 moves them at 3×3."""
-
-    bound = 0.32
-
-
 LAYERS |= {
-    "metric-normed": NormedMetricConv2d,
-    "deform-normed": NormedDeformConv2d,
-    "frame-0.32": BoundThirdConv2d,
     "wind-0.5": HalfWindConv2d,
     "wind-1": WindConv2d,
     "wind-2": Wind2Conv2d,
