@@ -5,15 +5,21 @@ import math
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 pytest.importorskip("accelerate", reason="needs the extra [recipes]")
 
 from timm_metricconv.layers import LAYERS, BallConv2d, DeformConv2d
 from timm_metricconv.recipes import compare
+from timm_metricconv.recipes.config import build
+from timm_metricconv.recipes.data import make_datasets
+from timm_metricconv.recipes.denoise_data import image_paths
 from timm_metricconv.recipes.report import csv_text
+from timm_metricconv.recipes.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,6 +68,40 @@ def test_axes_are_the_long_ones_of_the_samples():
     (axis,) = script("docs/pose.py")["axes"](nn.Sequential(layer), torch.rand(2, 1, 6, 6)).values()
     expected = torch.polar(torch.tensor(math.log(2.0)), torch.tensor(0.8)).to(axis)
     torch.testing.assert_close(axis, expected.expand(2), rtol=1e-5, atol=1e-5)
+
+
+def test_crops_of_photographs_are_labelled_by_their_turn(tmp_path, monkeypatch):
+    """No photograph is in both splits, the classes are balanced, and turned back each crop is as its photograph."""
+    names = [f"{number}.png" for number in range(7)]
+    photographs = script("docs/photographs.py")
+    monkeypatch.setitem(photographs["make"].__globals__, "ROOT", tmp_path / "share")
+    monkeypatch.setitem(photographs["make"].__globals__, "PHOTOGRAPHS", {"wallpapers": names})
+    with pytest.raises(SystemExit, match=r"apt-get install .* wallpapers"):
+        photographs["make"](tmp_path / "none")
+    (tmp_path / "share").mkdir()
+    for number, name in enumerate(names):  # darker downwards, redder to the right, and blue tells which one it is
+        picture = np.full((60, 90, 3), 30 * number, np.uint8)
+        picture[..., 0], picture[..., 1] = np.arange(90), np.arange(60, 0, -1)[:, None]
+        Image.fromarray(picture).save(tmp_path / "share" / name)
+    for again in ("a", "b"):
+        photographs["make"](tmp_path / again, size=16)
+    train, val = make_datasets(build(TrainConfig, {"data": str(tmp_path / "a")}))
+    seen = []
+    for dataset in (train, val):
+        assert dataset.classes == ["0", "90", "180", "270"]
+        assert np.bincount(dataset.labels).tolist() == [len(dataset) // 4] * 4
+        crops = [np.asarray(image) for image, _ in dataset]
+        for crop, label in zip(crops, dataset.labels, strict=True):
+            red, green, _ = np.rot90(crop, -label).astype(int).transpose(2, 0, 1)
+            assert (np.diff(red, axis=1) >= 0).all() and np.ptp(red, axis=0).max() == 0 < np.ptp(red)
+            assert (np.diff(green, axis=0) <= 0).all() and np.ptp(green, axis=1).max() == 0 < np.ptp(green)
+        seen.append({int(crop[0, 0, 2]) for crop in crops})
+        assert len({crop.tobytes() for crop in crops}) == len(crops)
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == len(names)
+    for name, dataset, part in (("train", train, True), ("val", val, False)):
+        upright = sorted(Path(file).stem for file in (tmp_path / "a" / name / "0").iterdir())
+        assert [Path(path).stem for path in image_paths("bsds300", str(tmp_path / "a"), part)] == upright
+        assert all(Path(file).read_bytes() == Path(file.replace("/a/", "/b/")).read_bytes() for file in dataset.files)
 
 
 def test_ablations_start_as_the_standard_convolution_and_keep_their_bounds(monkeypatch):
