@@ -93,7 +93,7 @@ def crop(photograph, size, rng):
 
 
 def make(folder, size=128, each=16):
-    """`folder`/{train,val}/DEGREES/PHOTOGRAPH_CROP.png: `each` crops a photograph, turned anticlockwise.
+    """`folder`/{train,val}/DEGREES/PHOTOGRAPH_CROP.png: `each` crops of each photograph, turned anticlockwise.
 
     Those at 0° are also in `folder`/images/{train,test}, as JPEG files: the layout of BSDS300.
     """
