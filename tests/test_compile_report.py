@@ -1,17 +1,13 @@
 """The Triton kernels as the compiler leaves them: they need no GPU for it."""
 
+import json
 import os
 
+import compile_report
 import pytest
 import torch
+from compile_report import Variant, compile_kernels, programs_per_processor
 from packaging.version import Version
-
-pytest.importorskip("rich", reason="needs the extra [recipes]")
-
-from timm_metricconv.recipes import compile_report as module
-from timm_metricconv.recipes.benchmark import BenchmarkConfig, benchmark
-from timm_metricconv.recipes.compile_report import Variant, compile_kernels, programs_per_processor
-from timm_metricconv.recipes.config import ConfigError
 
 triton = pytest.importorskip("triton")
 compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
@@ -62,11 +58,12 @@ def test_occupancy():
 
 
 @compiles
-def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "VARIANTS", [Variant(depthwise=True)])
-    monkeypatch.setattr(module, "POINTERS", {torch.float16: "fp16", torch.float32: "fp32"})
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "VARIANTS", [Variant(depthwise=True)])
+    monkeypatch.setattr(compile_report, "POINTERS", {torch.float16: "fp16", torch.float32: "fp32"})
     output = tmp_path / "compile.json"
-    records = benchmark(BenchmarkConfig(what="compile", arch=["sm_80"], output=str(output)))
-    assert output.exists() and {record["kernel"][:9] for record in records} == {"depthwise"} and len(records) == 6
-    with pytest.raises(ConfigError, match="sm_90"):
-        benchmark(BenchmarkConfig(what="compile", arch=["sm_7"]))
+    monkeypatch.setattr("sys.argv", ["compile_report.py", "--arch", "sm_80", "--output", str(output)])
+    compile_report.main()
+    records = json.loads(output.read_text())
+    assert {record["kernel"][:9] for record in records} == {"depthwise"} and len(records) == 6
+    assert capsys.readouterr().out.count("spills=0") == 6

@@ -161,7 +161,7 @@ INTERPRETED = triton is not None and not isinstance(columns, triton.runtime.JITF
 
 
 class Launcher:
-    """Runs kernels on a device. `recipes/compile_report.py` has one that compiles them, for a GPU that is not there.
+    """Runs kernels on a device. `tests/compile_report.py` has one that compiles them, for a GPU that is not there.
 
     Attributes:
         hip: The device is AMD's.

@@ -219,7 +219,7 @@ class Depthwise:
         self.wide = 1 if self.call.x.element_size() == 2 else 2
 
     def settings(self, registers: int, warps: int = 4) -> dict:
-        """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
+        """Constants and compiler options, as `tests/compile_report.py` justifies them.
 
         Args:
             registers: The most a thread may have: what leaves most programs to a processor and spills nothing.

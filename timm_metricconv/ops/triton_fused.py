@@ -252,7 +252,7 @@ class _Dense:
     def settings(
         self, most_n: int, most_c: int, stages: int = 1, warps: Optional[int] = None, registers: Optional[int] = None
     ) -> dict:
-        """Constants and compiler options, as `scripts/benchmark.py --what compile` justifies them.
+        """Constants and compiler options, as `tests/compile_report.py` justifies them.
 
         64 pixels are the least that Hopper's matrix instruction takes. With tiles of 64×128 and 8 warps, forward and 32
         channels of the image at a time, or backward and 16, a thread there needs at most 128 registers: two programs

@@ -22,7 +22,6 @@ from torchvision.ops import deform_conv2d
 from ..layers import LAYERS, BallConv2d
 from ..models.ball_resnet import FAMILIES
 from ..ops import BACKENDS, why_not_on
-from .compile_report import compile_report
 from .config import ConfigError, Settings, option
 from .network import count_activations, count_macs, create_model, randomise_predictors
 from .report import console, print_table, update_csv, write_atomic
@@ -45,9 +44,7 @@ class BenchmarkConfig(Settings):
     """A benchmark."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
-    what: Literal["layer", "depthwise", "model", "all", "compile"] = option(
-        "layer", "layer, depthwise, model, all three, or compile (no GPU needed)"
-    )
+    what: Literal["layer", "depthwise", "model", "all"] = option("layer", "layer, depthwise, model, or all three")
     output: Optional[str] = option(None, "JSON file for the records")
     csv: Optional[str] = option(
         None, "folder for benchmark-*.csv: -infer and -train of networks as timm has them, and ratios to nn.Conv2d"
@@ -59,7 +56,6 @@ class BenchmarkConfig(Settings):
     models: List[str] = option(["resnet18", "resnet50"], "networks")
     backends: List[str] = option([], "backends by name; by default all that can run, the reference left out of models")
     compile: bool = option(False, "torch.compile every peer")
-    arch: List[str] = option(["sm_80", "sm_90", "sm_100", "gfx942"], "what to compile the Triton kernels for")
 
 
 class Peer(NamedTuple):
@@ -370,15 +366,12 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
 
     Returns:
         Records with the keys what, peer, backend, shape, dtype, direction, median_ms, spread_ms, ratio_to_conv,
-        ratio_to_torchvision_deform, peak_mb (of what="compile": `compile_report`'s); also written to `config.output`
-        as JSON.
+        ratio_to_torchvision_deform, peak_mb; also written to `config.output` as JSON.
 
     Raises:
         ConfigError: The device or a backend is not there.
         RuntimeError: A backend does not agree with the reference.
     """
-    if config.what == "compile":
-        return compile_report(config.arch, config.output)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would talk into the progress bar
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no GPU here; `python -m timm_metricconv` says what it sees.")

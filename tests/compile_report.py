@@ -1,9 +1,12 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there: registers, spills, occupancy.
 
+    python tests/compile_report.py --arch sm_80 sm_90 gfx942 --output compile.json
+
 The kernels are compiled as they are launched: `ops` does its whole work on tensors without values, and the launcher
 that it is given compiles.
 """
 
+import argparse
 import itertools
 import json
 import re
@@ -11,16 +14,13 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
-from rich.progress import track
 
-from ..ops.custom_op import Arguments, Gradients, empty_gradients, empty_output
-from ..ops.triton_common import INTERPRETED, Launcher, triton
-from ..ops.triton_fused import forward, gradients
-from .config import ConfigError
-from .report import console, print_table, write_atomic
+from timm_metricconv.ops.custom_op import Arguments, Gradients, empty_gradients, empty_output
+from timm_metricconv.ops.triton_common import Launcher, triton
+from timm_metricconv.ops.triton_fused import forward, gradients
 
 
 class Processor(NamedTuple):
@@ -213,29 +213,20 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
     return [{**record, "kernel": prefix + record["kernel"], **described} for record in compiler.records]
 
 
-def compile_report(arches: Sequence[str], output: Optional[str] = None) -> List[Dict[str, Any]]:
-    """Compiles every kernel for every architecture, dtype and variant, and prints a table.
-
-    Args:
-        arches: Names from `PROCESSORS`.
-        output: JSON file for the records.
-
-    Returns:
-        The records of `compile_kernels`.
-
-    Raises:
-        ConfigError: Triton is not installed or interprets, or an architecture is unknown.
-    """
-    if triton is None or INTERPRETED:
-        raise ConfigError("what='compile' needs triton's compiler: install triton and unset TRITON_INTERPRET.")
-    unknown = [arch for arch in arches if arch not in PROCESSORS]
-    if unknown:
-        raise ConfigError(f"arch: expected some of {', '.join(PROCESSORS)}; got {unknown}.")
-    cases = list(itertools.product(arches, POINTERS, VARIANTS))
+def main() -> None:
+    """Compiles every kernel for the architectures, dtypes and variants, a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=PROCESSORS, default=["sm_80", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--output", type=Path, help="JSON file for the records")
+    options = parser.parse_args()
     records = []
-    for arch, dtype, variant in track(cases, "compile", console=console, transient=True):
-        records += compile_kernels(arch, dtype, variant)
-        if output:
-            write_atomic(output, json.dumps(records, indent=2) + "\n")
-    print_table(records, f"triton {triton.__version__}, compiled and not run")
-    return records
+    for arch, dtype, variant in itertools.product(options.arch, POINTERS, VARIANTS):
+        for record in compile_kernels(arch, dtype, variant):
+            print(*(f"{key}={value}" for key, value in record.items()), flush=True)
+            records.append(record)
+    if options.output:
+        options.output.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
