@@ -78,14 +78,12 @@ class LayerView:
     """A layer at work: its input, and where the pixels of that input lie in the image.
 
     Attributes:
-        name: Of the layer in its network.
         layer: Any convolution of the family.
         input: What it got, `[1, C, H, W]`.
         step: Image pixels in one pixel of the input, (x, y).
         origin: Where the input's pixel (0, 0) lies in the image, (x, y).
     """
 
-    name: str
     layer: BallConv2d
     input: Tensor
     step: Pair
@@ -160,7 +158,7 @@ def capture(model: nn.Module, layer: str, x: Tensor) -> LayerView:
     here = tuple(inputs[0].shape[2:])
     even = (size[0] / here[0], size[1] / here[1])
     step, origin = grids.get(here, (even, ((even[0] - 1) / 2, (even[1] - 1) / 2)))
-    return LayerView(layer, layers[layer], inputs[0], (step[1], step[0]), (origin[1], origin[0]))
+    return LayerView(layers[layer], inputs[0], (step[1], step[0]), (origin[1], origin[0]))
 
 
 # ---------------------------------------------------------------- fields of metrics
@@ -509,29 +507,24 @@ def plot_grad_cam(
     inputs: Mapping[str, Tensor],
     image: np.ndarray,
     target: Optional[int] = None,
-    layers: Optional[Mapping[str, str]] = None,
 ) -> Figure:
-    """Grad-CAM (Selvaraju et al., ICCV 2017) of several networks side by side.
+    """Grad-CAM (Selvaraju et al., ICCV 2017) of several timm networks side by side, each at its last feature map.
 
     Args:
-        models: Label → network.
+        models: Label → network, whose `feature_info` names its feature maps.
         inputs: Label → the image as that network takes it, `[1, C, H, W]`.
         image: The image as it is shown.
         target: Class to explain; by default each network's own first choice.
-        layers: Label → name of the module whose output is explained; by default the last of timm's `feature_info`.
 
     Raises:
-        ValueError: A network has no `feature_info` and no layer is named, or what is to be explained is no map.
+        ValueError: What a network gives there is no map.
     """
     grad_cam, targets = need("pytorch_grad_cam", "grad-cam"), need("pytorch_grad_cam.utils.model_targets", "grad-cam")
     figure, axes = _panels(1 + len(models), image)
     _show(axes[0], image)
     axes[0].set_title("image", fontsize=10)
     for ax, (label, model) in zip(axes[1:], models.items(), strict=True):
-        known = {info["module"]: info["num_chs"] for info in getattr(model, "feature_info", [])}
-        name = (layers or {}).get(label) or next(reversed(known), "")
-        if not name:
-            raise ValueError(f"{label}: the network does not name its feature maps; name one in `layers`.")
+        name, channels = (model.feature_info[-1][key] for key in ("module", "num_chs"))
         module, given = model.get_submodule(name), list[Any]()
         with torch.no_grad(), module.register_forward_hook(lambda *call, given=given: given.append(call[2])):
             odds = model.eval()(inputs[label]).softmax(-1)[0]
@@ -541,8 +534,7 @@ def plot_grad_cam(
                 f"{label}: Grad-CAM needs feature maps [B, C, H, W]; what {name} gives is {shape or 'none'}."
             )
         # Swin and others have their channels last
-        last = shape[1] != known[name] if name in known else getattr(model, "output_fmt", "") == "NHWC"
-        turned = operator.methodcaller("permute", 0, 3, 1, 2) if last else None
+        turned = operator.methodcaller("permute", 0, 3, 1, 2) if shape[1] != channels else None
         chosen = int(odds.argmax()) if target is None else target
         with grad_cam.GradCAM(model, [module], turned) as cam:
             heat = cam(input_tensor=inputs[label], targets=[targets.ClassifierOutputTarget(chosen)])[0]
