@@ -230,11 +230,6 @@ class FrameFit(NamedTuple):
     shift: Tensor
     moved: Tensor
 
-    @property
-    def shares(self) -> Tensor:
-        """Shift, linear part and rest as parts of one, `[..., 3]`; zeros where nothing has moved."""
-        return self.moved / self.moved.sum(-1, keepdim=True).clamp(min=1e-30)
-
 
 def fit_frame(positions: Tensor, points: Tensor) -> FrameFit:
     """The affine part of any convolution's positions: least squares of y_j = L·p_j + t over the K samples of a pixel.

@@ -45,6 +45,11 @@ def _psnr(mse: float) -> float:
     return 10 * math.log10(1 / max(mse, 1e-12))
 
 
+def _record(cell: Cell, train_mse: float, test_mse: float, psnr: float) -> Dict[str, Any]:
+    gap = (test_mse - train_mse) / max(train_mse, 1e-12)  # a filter may keep a black image
+    return {**cell._asdict(), "train_mse": train_mse, "test_mse": test_mse, "psnr": psnr, "gap": gap}
+
+
 def _finite(value: float, cell: Cell, what: str) -> float:
     if not math.isfinite(value):
         raise RecipeError(f"{cell.label}: {what} is {value}; a lower --lr_{cell.method} may help.")
@@ -132,14 +137,7 @@ def fit_image(config: DenoiseConfig, cell: Cell, clean: Tensor, advance: Callabl
             advance()
     _, train_mse, test_mse = curve[-1]
     paper = PAPER_GAP.get(cell.variant, {}).get(cell.k) if cell.sigma == 0.3 else None
-    record = {
-        **cell._asdict(),
-        "train_mse": train_mse,
-        "test_mse": test_mse,
-        "psnr": _psnr(test_mse),
-        "gap": (test_mse - train_mse) / max(train_mse, 1e-12),  # a filter may keep a black image
-        "paper_gap": paper,
-    }
+    record = {**_record(cell, train_mse, test_mse, _psnr(test_mse)), "paper_gap": paper}
     balls = _sample_balls(model, noisy["test"], _edge(clean))
     return {"record": record, "curve": curve, "result": result[0, 0].cpu(), "noisy": noisy["test"][0, 0].cpu(), **balls}
 
@@ -208,14 +206,7 @@ def fit_data_set(config: DenoiseConfig, cell: Cell, paths: Dict[str, List[str]],
         save(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "curve": curve})
         advance()
     (train_mse, _), (test_mse, psnr) = (_evaluate(model, loaders[part], device) for part in ("train", "test"))
-    record = {
-        **cell._asdict(),
-        "train_mse": train_mse,
-        "test_mse": test_mse,
-        "psnr": psnr,
-        "gap": (test_mse - train_mse) / train_mse,
-        "parameters": sum(parameter.numel() for parameter in learned),
-    }
+    record = {**_record(cell, train_mse, test_mse, psnr), "parameters": sum(p.numel() for p in learned)}
     x, clean = (tensor[None] for tensor in sets["test"][0])
     with torch.no_grad():
         result = model(x.to(device))[0, 0].cpu()

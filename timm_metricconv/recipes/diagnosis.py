@@ -1,11 +1,11 @@
 """What the geometry of a trained network does, layer by layer: it did not adapt, it adapted, or it ran away."""
 
-import functools
 import itertools
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
 from ..geometry import anisotropy, asymmetry, fit_frame, fit_randers
@@ -96,31 +96,26 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
 
         Means and spreads are over images, pixels and samples. Empty for a network without adaptive layers.
     """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, BallConv2d)}
     report: Diagnosis = {}
 
-    def look(layer: BallConv2d, name: str, x: Tensor) -> None:
-        points = layer.points.reshape(-1, 2)
+    def look(layer: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
+        if layer not in names:
+            return
+        x, points = inputs[0], layer.points.reshape(-1, 2)
         positions = layer.positions(x)
         rest = points.repeat(positions.shape[1] // len(points), 1)[None, :, :, None, None].to(positions)
-        report[name] = {
+        report[names[layer]] = {
             **_summarise("displacement", torch.linalg.vector_norm(positions - rest, dim=2)),
             "outside": _outside(layer, x, positions),
             "outside_at_rest": _outside(layer, x, rest.expand_as(positions)),
             **(_shape(layer, x) if isinstance(layer, MetricConv2d) else _explained(points, positions)),
         }
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BallConv2d)]
-    handles = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: look(layer, name, inputs[0]))
-        for name, layer in layers
-    ]
     training = model.training
-    try:
+    with register_module_forward_pre_hook(look):
         model.eval()(images.to(next(model.parameters()).device))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    model.train(training)
     return report
 
 
@@ -146,18 +141,14 @@ def strayed(model: nn.Module, report: Diagnosis) -> Optional[str]:
 @torch.no_grad()
 def first_not_finite(model: nn.Module, images: Tensor) -> Optional[str]:
     """The name of the first layer in whose output a value is no finite number, None where all are."""
-    found: List[str] = []
+    names, found = {module: name for name, module in model.named_modules()}, list[str]()
 
-    def look(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not output.isfinite().all():
-            found.append(name)
+            found.append(names[module])
 
-    handles = [m.register_forward_hook(functools.partial(look, name=name)) for name, m in model.named_modules()]
-    try:
+    with register_module_forward_hook(look):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

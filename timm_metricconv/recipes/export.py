@@ -55,24 +55,9 @@ class ExportConfig(Settings):
         return "reference" if portable else FAST[self.format]
 
 
-def load_network(config: ExportConfig) -> nn.Module:
-    """The network in evaluation mode, its weights loaded strictly.
-
-    Raises:
-        ConfigError: The model is unknown, refuses its arguments, or the checkpoint is missing or does not fit.
-    """
-    pretrained = False if config.checkpoint else config.pretrained
-    model = create_model(config.model, config.model_args, pretrained=pretrained).eval()
-    if config.checkpoint:
-        load_checkpoint(model, config.checkpoint)
-    return model.half() if config.half else model
-
-
 def _images(model: nn.Module, config: ExportConfig) -> List[Tensor]:
     """The example, and what the result is tried on as well: another batch and, where it may change, another size."""
-    cfg = model.pretrained_cfg
-    channels, height, width = cfg["input_size"]
-    channels = config.model_args.get("in_chans", channels)
+    channels, height, width = model.pretrained_cfg["input_size"]
     if config.image_size:
         height = width = config.image_size
     if config.dynamic:
@@ -174,13 +159,6 @@ def _milliseconds(run: Callable[[Tensor], Tensor], image: Tensor) -> float:
     return 1000 * min(timeit.repeat(lambda: run(image), timer=time.process_time, repeat=10, number=1))
 
 
-def _temporary(path: Path, suffix: str) -> Path:
-    if path.suffix != suffix:
-        raise ConfigError(f"output: expected a name that ends in {suffix}, got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
-
-
 @torch.no_grad()
 def export(config: ExportConfig) -> Path:
     """Exports a network, runs the result, and only then moves it to its place.
@@ -191,19 +169,22 @@ def export(config: ExportConfig) -> Path:
     Raises:
         ConfigError: The configuration cannot be used, or the exported program does not compute what the network does.
     """
-    if config.format == "onnx" and config.opset < MIN_OPSET:
+    if config.format == "onnx" and config.opset < (MIN_OPSET if config.portable else MIN_OPSET_DEFORM):
         raise ConfigError(
-            f"opset={config.opset}: torch's exporter cannot write these networks for less than {MIN_OPSET}; "
-            f"give --opset {MIN_OPSET} or later."
+            f"opset={config.opset}: ONNX has DeformConv from {MIN_OPSET_DEFORM} on, and torch's exporter writes none "
+            f"below {MIN_OPSET}; give --opset {MIN_OPSET_DEFORM} or later, or --portable true with {MIN_OPSET}."
         )
-    if config.format == "onnx" and config.opset < MIN_OPSET_DEFORM and not config.portable:
-        raise ConfigError(
-            f"opset={config.opset}: ONNX has DeformConv from {MIN_OPSET_DEFORM} on; give --opset {MIN_OPSET_DEFORM} or "
-            "later, or --portable true."
-        )
-    path = config.path
-    temporary = _temporary(path, SUFFIX[config.format])
-    model = load_network(config)
+    path, suffix = config.path, SUFFIX[config.format]
+    if path.suffix != suffix:
+        raise ConfigError(f"output: expected a name that ends in {suffix}, got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
+    pretrained = False if config.checkpoint else config.pretrained
+    model = create_model(config.model, config.model_args, pretrained=pretrained).eval()
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint)
+    if config.half:
+        model.half()
     images = _images(model, config)
     for image in images:
         check_images(model, image, "--dynamic false exports for one size.")

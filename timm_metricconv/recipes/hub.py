@@ -46,7 +46,6 @@ class HubConfig(Settings):
     update: bool = option(False, "commit to a repository that exists")
     private: bool = option(False, "make the repository private")
     license: Optional[str] = option(None, "by default that of the weights the network started from, or apache-2.0")
-    message: str = option("Upload with timm_metricconv", "commit message")
 
 
 @dataclasses.dataclass
@@ -240,7 +239,9 @@ def push(config: HubConfig) -> str:
         write_repository(config, Path(folder))
         try:
             api.create_repo(config.repo, private=config.private, exist_ok=config.update)
-            commit = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message=config.message)
+            commit = api.upload_folder(
+                repo_id=config.repo, folder_path=folder, commit_message="Upload with timm_metricconv"
+            )
         except (HfHubHTTPError, HFValidationError, ValueError, OSError) as error:
             raise ConfigError(_explained(error, config.repo)) from error
         except Exception as error:

@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import LAYERS, BallConv2d
@@ -234,12 +235,9 @@ def count_activations(model: nn.Module, size: int) -> float:
 
     def add(module: nn.Module, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal count
-        count += output.numel()
+        if isinstance(module, (nn.Conv2d, nn.Linear, BallConv2d)):
+            count += output.numel()
 
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, BallConv2d))]
-    handles = [layer.register_forward_hook(add) for layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), register_module_forward_hook(add):
         model.eval()(torch.zeros(1, model.pretrained_cfg["input_size"][0], size, size))
-    for handle in handles:
-        handle.remove()
     return count / 1e6
