@@ -36,7 +36,6 @@ LAYER_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 # the same of ConvNeXt-T's 7×7 depthwise convolutions
 DEPTHWISE_SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
 MODEL_SHAPES = (("imagenet", (4, 3, 224, 224)), ("cifar", (32, 3, 32, 32)))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -103,7 +102,10 @@ def _backends(config: BenchmarkConfig, reference: bool) -> List[str]:
     return [name for name in names if why_not_on(config.device, name) is None]
 
 
-def _layer_peers(config: BenchmarkConfig, conv: nn.Conv2d, conv_cfg: Dict[str, Any], backends: List[str]) -> Peers:
+def _layer_peers(
+    config: BenchmarkConfig, backends: List[str], channels: int, geometry: Dict[str, int], conv_cfg: Dict[str, Any]
+) -> Peers:
+    conv = nn.Conv2d(channels, channels, **geometry)
     yield Peer("conv2d", "torch", conv)
     deform = randomise_predictors(LAYERS["deform"].from_conv(conv, **conv_cfg))
     yield Peer("torchvision_deform", "torchvision", DeformPeer(deform, deform_conv2d))
@@ -114,17 +116,6 @@ def _layer_peers(config: BenchmarkConfig, conv: nn.Conv2d, conv_cfg: Dict[str, A
         for backend in backends:
             layer = LAYERS[kind].from_conv(conv, backend=backend, **conv_cfg, **own)
             yield Peer(name, backend, randomise_predictors(layer))
-
-
-def _dense_peers(config: BenchmarkConfig, channels: int, stride: int, backends: List[str]) -> Peers:
-    torch.manual_seed(0)
-    return _layer_peers(config, nn.Conv2d(channels, channels, 3, stride, 1), {}, backends)
-
-
-def _depthwise_peers(config: BenchmarkConfig, channels: int, backends: List[str]) -> Peers:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-    return _layer_peers(config, conv, {"metric_groups": channels // 16, "separable_predictor": True}, backends)
 
 
 def _model_peers(config: BenchmarkConfig, model: str, stem: str, backends: List[str]) -> Peers:
@@ -255,7 +246,7 @@ def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List
 
 
 def _ready(peers: Peers, config: BenchmarkConfig) -> List[Peer]:
-    moved = {"device": config.device, "dtype": DTYPES[config.dtype], "memory_format": torch.channels_last}
+    moved = {"device": config.device, "dtype": getattr(torch, config.dtype), "memory_format": torch.channels_last}
     return [peer._replace(module=peer.module.to(**moved)) for peer in peers]
 
 
@@ -266,17 +257,16 @@ def _cases(config: BenchmarkConfig) -> Iterator[Tuple[str, str, Tuple[int, ...],
             for stride in config.stride:
                 shape = (config.batch, channels, size, size)
                 label = f"{config.batch}x{channels}x{size}x{size} stride {stride}"
-                yield "layer", label, shape, partial(_dense_peers, config, channels, stride, backends)
+                dense = {"kernel_size": 3, "stride": stride, "padding": 1}
+                yield "layer", label, shape, partial(_layer_peers, config, backends, channels, dense, {})
     if config.what in ("depthwise", "all"):
         backends = _backends(config, reference=False)
         for channels, size in DEPTHWISE_SHAPES:
             shape = (config.batch, channels, size, size)
-            yield (
-                "depthwise",
-                f"7x7 depthwise {'x'.join(map(str, shape))}",
-                shape,
-                partial(_depthwise_peers, config, channels, backends),
-            )
+            label = f"7x7 depthwise {'x'.join(map(str, shape))}"
+            depthwise = {"kernel_size": 7, "padding": 3, "groups": channels}
+            conv_cfg = {"metric_groups": channels // 16, "separable_predictor": True}
+            yield "depthwise", label, shape, partial(_layer_peers, config, backends, channels, depthwise, conv_cfg)
     if config.what in ("model", "all"):
         backends = _backends(config, reference=False)
         for model in config.models:
@@ -382,7 +372,7 @@ def benchmark(config: BenchmarkConfig) -> List[Dict[str, Any]]:
     for number, (what, label, shape, peers) in enumerate(cases := list(_cases(config)), 1):
         console.print(f"[{number:>3}/{len(cases)}] {what} {label}", highlight=False)
         torch.manual_seed(0)
-        x = torch.randn(shape, device=config.device, dtype=DTYPES[config.dtype])
+        x = torch.randn(shape, device=config.device, dtype=getattr(torch, config.dtype))
         x = x.contiguous(memory_format=torch.channels_last)
         ready = _ready(peers(), config)
         if what != "model":

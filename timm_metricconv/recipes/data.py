@@ -196,8 +196,8 @@ def _fashion_mnist(folder: Path, train: bool) -> Pictures:
 
 def image_files(root: Path) -> List[str]:
     """The images of a folder at any depth, without hidden ones, sorted as timm sorts: numbers in names are numbers."""
-    files = sorted(f for f in glob.glob("**/*", root_dir=root, recursive=True) if Path(f).suffix.lower() in SUFFIXES)
-    return sorted(files, key=natural_key)
+    files = (f for f in glob.glob("**/*", root_dir=root, recursive=True) if Path(f).suffix.lower() in SUFFIXES)
+    return sorted(files, key=lambda file: (natural_key(file), file))
 
 
 def _folder(root: Path) -> Pictures:

@@ -242,11 +242,10 @@ def push(config: HubConfig) -> str:
             commit = api.upload_folder(
                 repo_id=config.repo, folder_path=folder, commit_message="Upload with timm_metricconv"
             )
-        except (HfHubHTTPError, HFValidationError, ValueError, OSError) as error:
-            raise ConfigError(_explained(error, config.repo)) from error
         except Exception as error:
             # the HTTP library below huggingface_hub changes from version to version, its exceptions with it
-            if not type(error).__module__.startswith("http"):
+            known = isinstance(error, (HfHubHTTPError, HFValidationError, ValueError, OSError))
+            if not known and not type(error).__module__.startswith("http"):
                 raise
             raise ConfigError(_explained(error, config.repo)) from error
     print(f"{commit.commit_url}\ntimm.create_model('hf-hub:{config.repo}', pretrained=True) loads it.")
