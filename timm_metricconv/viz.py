@@ -1,7 +1,7 @@
 """Pictures of what a convolution sees: unit balls and samples over an image, fields, maps, Grad-CAM side by side.
 
-Everything is drawn in pixels of the image, x to the right and y down. Needs the extra `demo`: matplotlib, and grad-cam
-for `plot_grad_cam`. The functions return matplotlib figures and know no global state, so they work without a display.
+Everything is drawn in pixels of the image, x to the right and y down. Needs the extra `recipes`. The functions return
+matplotlib figures and know no global state, so they work without a display.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from .geometry import (
     Metric,
@@ -243,11 +242,8 @@ def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> Bal
         smoothing: Standard deviation of the Gaussian, in pixels, that the image passes before its derivative is taken.
         **metric: Arguments of `geometry.image_metric`.
     """
-    grey = torch.as_tensor(_grey(image))[None, None].float()
-    if smoothing > 0:
-        reach = int(4 * smoothing) + 1
-        wide = F.pad(grey, [reach] * 4, mode="replicate")
-        grey = gaussian_blur(wide, [2 * reach + 1] * 2, [smoothing] * 2)[..., reach:-reach, reach:-reach]
+    smooth = need("scipy.ndimage", "scipy").gaussian_filter(_grey(image), smoothing, mode="nearest")
+    grey = torch.as_tensor(smooth)[None, None].float()
     m, omega = image_metric(grey, **metric).tensors()
     height, width = grey.shape[2:]
     return BallField(m[0], omega[0], torch.arange(width).float(), torch.arange(height).float())
@@ -255,12 +251,11 @@ def image_field(image: np.ndarray, smoothing: float = 0.0, **metric: Any) -> Bal
 
 def strong_edges(image: np.ndarray, count: int = 3, smoothing: float = 2.0) -> List[List[float]]:
     """(x, y) of the image's strongest edges, a fifth of its shorter side apart from each other and from the border."""
-    ratio = anisotropy(image_field(image, smoothing).metric).clone()
+    ratio = anisotropy(image_field(image, smoothing).metric)
     height, width = ratio.shape
     apart, points = min(height, width) // 5, []
     margin = apart // 2
-    inner = torch.zeros_like(ratio)
-    inner[margin : height - margin, margin : width - margin] = ratio[margin : height - margin, margin : width - margin]
+    inner = F.pad(ratio[margin : height - margin, margin : width - margin], [margin] * 4)
     for _ in range(count):
         y, x = divmod(int(inner.argmax()), width)
         points.append([float(x), float(y)])
