@@ -51,18 +51,8 @@ def standard_cfgs(theirs: ModuleType, architectures: Iterable[str], convs: Seque
     return cfgs
 
 
-def create(network: Type[nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    """`build_model_with_cfg`, with one clear error where the weights cannot be fetched.
-
-    Args:
-        network: Class of the network.
-        variant: Registered name.
-        pretrained: Load its weights.
-        **kwargs: Of `build_model_with_cfg`, and through it of the class.
-
-    Raises:
-        RuntimeError: The weights cannot be fetched, or do not fit.
-    """
+def _create(network: Type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """`build_model_with_cfg`, with one clear RuntimeError where the weights cannot be fetched."""
     try:
         return build_model_with_cfg(network, variant, pretrained, **kwargs)
     except Exception as error:
@@ -102,7 +92,7 @@ def register(
             kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
             # a copy, because timm removes what it has read
             kwargs["feature_cfg"] = {**(feature_cfg or {}), **kwargs.get("feature_cfg", {})}
-            return create(network, name, pretrained, **{**defaults, **kwargs})
+            return _create(network, name, pretrained, **{**defaults, **kwargs})
 
         # by these two timm knows a model and its module
         make.__name__, make.__module__, make.__qualname__ = name, module, name

@@ -271,7 +271,8 @@ class DeformFilter2d(_Filter):
             self.offsets = nn.ParameterList(torch.zeros(1, p.stop - p.start, 2, *self.size) for p in parts)
 
     def _geometry(self, x: Tensor) -> Iterator[Tuple[List[Slice], Tuple[Tensor, ...]]]:
-        for part in self._parts(x):
+        step = self.offsets[0].shape[1] if self.size else self.slice_size // max(1, x[:, 0].numel())
+        for part in _ranges(self.kernel_size**2, step):
             points, taps = self.points[0, part, :, None, None], torch.arange(part.start, part.stop, device=x.device)
             if self.predictor is None:
                 offsets = self.offsets[part.start // self.offsets[0].shape[1]]
@@ -283,7 +284,3 @@ class DeformFilter2d(_Filter):
 
             rows = slice(2 * part.start, 2 * part.stop)
             yield [(taps, predicted)], (x, *(parameter[rows] for parameter in self.predictor.parameters()))
-
-    def _parts(self, x: Tensor) -> Iterator[slice]:
-        step = self.offsets[0].shape[1] if self.size else self.slice_size // max(1, x[:, 0].numel())
-        return _ranges(self.kernel_size**2, step)
