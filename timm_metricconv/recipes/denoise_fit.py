@@ -24,9 +24,7 @@ BALLS, SPACING = 3, 7
 
 
 def _device() -> torch.device:
-    # current_accelerator() also names one that the build knows and the machine lacks
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _filter(cell: Cell, config: DenoiseConfig) -> nn.Module:

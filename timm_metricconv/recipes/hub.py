@@ -1,6 +1,5 @@
 """A trained network as a repository of the Hugging Face Hub: weights, timm's config.json and a model card."""
 
-import csv
 import dataclasses
 import json
 import os
@@ -20,6 +19,7 @@ from torch import nn
 from ..layers import LAYERS, BallConv2d
 from .config import ConfigError, Settings, option
 from .network import adaptive_layers, create_model
+from .run import read_curves
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 # What a card tells of config.yaml. Paths stay at home.
@@ -57,7 +57,7 @@ class Run:
     settings: Dict[str, Any]
     training: Dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: Dict[str, Any] = dataclasses.field(default_factory=dict)
-    last_epoch: Dict[str, str] = dataclasses.field(default_factory=dict)
+    last_epoch: Dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(folder: Path) -> nn.Module:
@@ -88,9 +88,7 @@ def read_run(folder: Path) -> Run:
             run.training = yaml.safe_load((folder / "config.yaml").read_bytes())
         if (folder / "summary.json").is_file():
             run.summary = json.loads((folder / "summary.json").read_bytes())
-        if (folder / "curves.csv").is_file():
-            with (folder / "curves.csv").open(encoding="utf-8") as file:
-                run.last_epoch = list(csv.DictReader(file))[-1]
+        run.last_epoch = (read_curves(folder) or [{}])[-1]
     return run
 
 
@@ -119,7 +117,7 @@ def _results(run: Run) -> Dict[str, str]:
     """Metrics as the card shows them."""
     merged = {**run.last_epoch, **run.summary}
     names = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "val_loss": ("validation loss", 4)}
-    shown = {label: f"{float(merged[key]):.{digits}f}" for key, (label, digits) in names.items() if key in merged}
+    shown = {label: f"{merged[key]:.{digits}f}" for key, (label, digits) in names.items() if key in merged}
     shown["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
     if merged.get("predictor_params"):
         shown["parameters of predictors"] = f"{merged['predictor_params']:,}"
