@@ -31,8 +31,8 @@ def problem(seed, depthwise, affine, dtype=torch.float32, **fixed):
         "bias": choose.random() < 0.5,
     } | fixed
     k, channels = sizes["k"], sizes["balls"] * sizes["width"]
-    groups = channels if depthwise else choose.choice([1, sizes["balls"]])
-    out_channels = channels if depthwise else groups * choose.choice([1, 3])
+    groups = channels if depthwise else sizes.get("groups", choose.choice([1, sizes["balls"]]))
+    out_channels = channels if depthwise else groups * sizes.get("outputs", choose.choice([1, 3]))
     stride, dilation = ([choose.choice([1, 2]) for _ in "yx"] for _ in range(2))
     padding = [d * (k - 1) for d in dilation]
     out = [
@@ -168,9 +168,24 @@ def test_threads_change_nothing(depthwise, monkeypatch):
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
-def test_many_slabs(depthwise, monkeypatch):
-    monkeypatch.setattr(compiled.gather, "SLAB_BYTES", 1)
+def test_many_pieces(depthwise, monkeypatch):
+    """Few output pixels at a time, and one gradient of the kernel for all images."""
+    monkeypatch.setattr(compiled, "CACHED_NUMBERS", 1)
+    monkeypatch.setattr(compiled, "GRADIENT_NUMBERS", 1)
     leaves, function = problem(6, depthwise, True, batch=3, balls=2, width=16, k=3, size=(9, 8), mask=True)
+    compare_with_reference(function, leaves, 1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+@pytest.mark.parametrize("outputs", [64, 32, 48, 70])
+@pytest.mark.parametrize(
+    ("balls", "width", "groups"), [(1, 64, 1), (2, 32, 1), (1, 130, 1), (4, 24, 2), (2, 60, 6), (1, 100, 5)]
+)
+def test_tiles_of_every_width(balls, width, groups, outputs, threads, set_threads):
+    """A tile has one, two or four registers of a kernel group's outputs, and going back of its channels."""
+    set_threads(threads)
+    fixed = {"balls": balls, "width": width, "groups": groups, "outputs": outputs}
+    leaves, function = problem(9, False, True, **fixed, batch=2, k=3, size=(9, 8), mask=True, bias=True)
     compare_with_reference(function, leaves, 1e-4)
 
 
@@ -225,7 +240,7 @@ def test_imports_where_nothing_can_be_written():
     """Numba raises where it finds no place for its cache; every process then compiles for itself."""
     code = "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
     code += "from timm_metricconv.ops import compiled;"
-    code += "assert compiled._machine_code(compiled._run_columns).address"
+    code += "assert compiled._machine_code(compiled._run_dense).address"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

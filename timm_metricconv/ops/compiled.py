@@ -2,7 +2,8 @@
 
 The kernels work in registers of sixteen numbers: sixteen output pixels while they find where the samples lie, sixteen
 channels of one pixel while they read and add. A depthwise layer never has columns: every output pixel adds up its
-samples in registers. Any other layer has its columns made slab by slab for oneDNN's matrix product, as in `gather`.
+samples in registers. In any other layer a thread makes the columns of some pixels and multiplies them with the kernel
+while they are in its cache: that is faster than any matrix product that reads them from memory.
 
 The kernels run in torch's own threads, those of its OpenMP: a second pool would fight with them for the cores, because
 after a matrix product they wait busily for the next. Each thread owns what it writes, so nothing is added in a changing
@@ -11,10 +12,9 @@ order.
 
 import ctypes
 import functools
-import math
-import operator
 import os
 from concurrent.futures import ThreadPoolExecutor
+from math import floor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
@@ -22,186 +22,38 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
-from numba.core import cgutils, config
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import lower_builtin, models, register_model
 from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
-from . import gather
 from .custom_op import Arguments, Gradients, by_pixels, define, with_far_corners
 from .reference import first_centre
+from .registers import (
+    LANES,
+    ROWS,
+    WIDEST,
+    fetch_and_add,
+    larger,
+    load,
+    pointer,
+    smaller,
+    spread,
+    store,
+    store_corner,
+    tile_1,
+    tile_2,
+    tile_4,
+    total,
+)
 from .samples import FIELDS
 
 # Numbers to read of which a thread has enough to do.
 THREAD_NUMBERS = 2**17
+DEPTH = 64  # of a matrix product at a time: so much of the kernel is in the first cache
+# Numbers of columns that stay in a core's own cache, and output pixels of which a kernel's reading is worth its time.
+CACHED_NUMBERS, CACHED_PIXELS = 2**18, 64
+# Numbers that the kernels' gradients of all units may have before they are added up.
+GRADIENT_NUMBERS = 2**21
 PROCESS = os.getpid()
-
-if config.DISABLE_JIT:  # type: ignore[attr-defined]
-    raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
-
-
-# --- a register as a type of Numba -----------------------------------------------------------------------------------
-
-LANES = 16
-_floats, _ints = (ir.VectorType(t, LANES) for t in (ir.FloatType(), ir.IntType(32)))
-
-
-class _Register(numba.types.Type):
-    """Sixteen float32 numbers. LLVM gives them a register of AVX-512, two of AVX2, or four of NEON."""
-
-
-@register_model(_Register)
-class _RegisterModel(models.PrimitiveModel):
-    def __init__(self, manager, register):
-        super().__init__(manager, register, _floats)
-
-
-_register = _Register("float32x16")
-_numbers = (numba.float32, numba.float64, numba.int64)
-_pairs = [(_register, _register), *((_register, t) for t in _numbers), *((t, _register) for t in _numbers)]
-_array, _indices = (numba.types.Array(t, 1, "C") for t in (numba.float32, numba.int32))
-
-
-def _operation(function: Callable, emit: Callable, result, *cases: tuple) -> None:
-    """Teaches Numba a function of registers.
-
-    Args:
-        function: What the kernels call.
-        emit: (LLVM builder, values) → LLVM value.
-        result: Its type.
-        cases: The types of its arguments, each way to call it. A number among registers fills one.
-    """
-    signatures = [signature(result, *case) for case in cases]
-    infer_global(function)(type("Template", (ConcreteTemplate,), {"cases": signatures}))
-
-    def lower(context, builder, signature, values):
-        operands = []
-        for value, given in zip(values, signature.args, strict=True):
-            if isinstance(given, numba.types.Array):
-                value = context.make_array(given)(context, builder, value).data
-            elif signature.args in _pairs and given is not _register:
-                value = _filled(builder, context.cast(builder, value, given, numba.float32))
-            operands.append(value)
-        returned = emit(builder, *operands)
-        return context.get_dummy_value() if result is numba.types.none else returned
-
-    for case in cases:
-        lower_builtin(function, *case)(lower)
-
-
-def _filled(builder, number):
-    first = builder.insert_element(ir.Constant(_floats, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, first, ir.Constant(_ints, [0] * LANES))
-
-
-def _llvm(name: str, *types) -> Callable:
-    """Emits a call of LLVM's own function; the first of `types` is the result's."""
-
-    def emit(builder, *values):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(types[0], types[1:]), name)
-        return builder.call(function, values, fastmath=("reassoc",))
-
-    return emit
-
-
-def _choice(relation: str) -> Callable:
-    # of NaN and a number the number, if it comes second: what the processor's instruction does
-    return lambda builder, a, b: builder.select(builder.fcmp_ordered(relation, a, b), a, b)
-
-
-def _at(builder, array, index, vector):
-    return builder.bitcast(builder.gep(array, [index]), vector.as_pointer())
-
-
-def _load(builder, array, index):
-    return builder.load(_at(builder, array, index, _floats), align=4)
-
-
-def _spread(builder, array, index):
-    return _filled(builder, builder.load(builder.gep(array, [index])))
-
-
-def _store(builder, array, index, register):
-    builder.store(register, _at(builder, array, index, _floats), align=4)
-
-
-def _store_corner(builder, array, index, row, column, width):
-    row, column, width = (builder.fptosi(register, _ints) for register in (row, column, width))
-    builder.store(builder.add(builder.mul(row, width), column), _at(builder, array, index, _ints), align=4)
-
-
-def _total(builder, register):
-    add = _llvm(f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _floats)
-    return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
-
-
-def load(array, index):
-    """Sixteen numbers of an array."""
-
-
-def store(array, index, register):
-    """Writes them."""
-
-
-def store_corner(array, index, row, column, width):
-    """Writes row · width + column, which float32 may not hold, to an array of integers."""
-
-
-def spread(array, index):
-    """Sixteen times one number of an array."""
-
-
-def larger(a, b):
-    """The larger of two; b where a is NaN."""
-
-
-def smaller(a, b):
-    """The smaller of two; b where a is NaN."""
-
-
-def total(register):
-    """The sum of its numbers."""
-
-
-def _arithmetic(name: str) -> Callable:
-    # `contract`: a product and a sum become one instruction where the processor has it
-    return lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract",))
-
-
-_operation(operator.add, _arithmetic("fadd"), _register, *_pairs)
-_operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
-_operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
-_operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
-_operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
-_operation(spread, _spread, _register, (_array, numba.intp))
-_operation(larger, _choice(">"), _register, *_pairs)
-_operation(smaller, _choice("<"), _register, *_pairs)
-_operation(load, _load, _register, (_array, numba.intp))
-_operation(store, _store, numba.types.none, (_array, numba.intp, _register))
-_operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp, *[_register] * 3))
-_operation(total, _total, numba.float32, (_register,))
-
-
-def _fetch_and_add(builder, array, step):
-    return builder.atomic_rmw("add", array, step, "monotonic")
-
-
-def _pointer(builder, address):
-    return builder.inttoptr(address, ir.IntType(8).as_pointer())
-
-
-def fetch_and_add(array, step):
-    """Adds to the first of some integers, which other threads do too; what it was before."""
-
-
-def pointer(address):
-    """An integer as a pointer."""
-
-
-_operation(fetch_and_add, _fetch_and_add, numba.int64, (numba.types.Array(numba.int64, 1, "C"), numba.int64))
-_operation(pointer, _pointer, numba.types.voidptr, (numba.int64,))
 
 _inlined = numba.njit(forceinline=True)
 
@@ -230,11 +82,14 @@ class _Sizes(NamedTuple):
     mask_image: int
     mask_number: int
     mask_pixel: int
+    kernel_groups: int  # none in a depthwise layer
+    out_channels: int
+    shared: int  # channels in both a metric group and a kernel group
+    strip_in: int  # registers that a tile has of a metric group's channels
+    strip_out: int  # and of a kernel group's output channels
+    pixels: int  # whose columns are in the cache at a time
     blocks: int  # of the channels of a metric group: a unit of work in the backward pass has one
-    images: int  # the images of this call: how many, and from which on
-    image_0: int
-    pixel_0: int  # the output pixels of every image: the first, and the one after the last
-    pixel_1: int
+    sets: int  # of images: a unit has one too
 
 
 class _Arrays(NamedTuple):
@@ -244,13 +99,13 @@ class _Arrays(NamedTuple):
     source: np.ndarray
     mask: np.ndarray
     points: np.ndarray  # [K, 2] the pattern's points
-    weight: np.ndarray  # [K, channels] of a depthwise layer
-    bias: np.ndarray  # [channels] of a depthwise layer
-    values: np.ndarray  # what else goes in or comes out, see the kernels
+    weight: np.ndarray  # [K, channels] of a depthwise layer; else `_strips_out` of it, or `_strips_in` to go back
+    bias: np.ndarray  # [channels] of a depthwise layer, else [C_out]
+    values: np.ndarray  # the output, or the gradient of it
     grad_x: np.ndarray  # as x, begins at 0
     grad_source: np.ndarray  # [blocks, B, H_out, W_out, ...]
     grad_mask: np.ndarray  # [blocks, B, H_out, W_out, G·K]
-    grad_weight: np.ndarray  # [B, K, channels] of a depthwise layer, image by image; begins at 0
+    grad_weight: np.ndarray  # [sets, ...] as weight; begins at 0
 
 
 class _Plan(NamedTuple):
@@ -298,14 +153,14 @@ def _axis(coordinate, size):
     NaN is outside.
     """
     coordinate = smaller(larger(coordinate, -2), size + 1)
-    corner = smaller(larger(math.floor(coordinate), 0), size - 2)
+    corner = smaller(larger(floor(coordinate), 0), size - 2)
     return corner, coordinate - corner
 
 
 @_inlined
 def _hat_slopes(distance):
     """The slopes of the near and of the far corner's hat: what they rise in the cell to the right, as torchvision's."""
-    cell = math.floor(distance)
+    cell = floor(distance)
     here = _hat(cell)
     return _hat(cell + 1) - here, here - _hat(cell - 1)
 
@@ -462,22 +317,133 @@ def _depthwise(first, last, n, a):
 
 
 @numba.njit
-def _columns(first, last, n, a):
-    """The columns [..., G, K, channels / G] of the output pixels from `first` to `last`, counted from `pixel_0` on."""
+def _columns(first, last, n, a, columns):
+    """The columns [..., G, K, channels / G] of the output pixels from `first` to `last`."""
     plan = _empty_plan(n.taps, False)
     run, line = n.channels // n.metric_groups, n.width * n.channels
     for chunk in range(first, last, LANES):
         for group in range(n.metric_groups):
-            _fill_plan(plan, n, a, n.pixel_0 + chunk, n.pixel_0 + last, group, False)
+            _fill_plan(plan, n, a, chunk, last, group, False)
             for i in range(min(LANES, last - chunk)):
-                image = (n.pixel_0 + chunk + i) // n.out_pixels * n.height * line
+                image = (chunk + i) // n.out_pixels * n.height * line
                 for tap in range(n.taps):
                     corner = image + plan.corners[tap * LANES + i] * n.channels
-                    column = (((chunk + i) * n.metric_groups + group) * n.taps + tap - group) * run
+                    column = (((chunk - first + i) * n.metric_groups + group) * n.taps + tap - group) * run
                     shares = _four(plan.shares, tap, i)
                     for c in range(group * run, group * run + run, LANES):
                         corners = _corners(a.x, corner + c, corner + line + c, n.channels)
-                        store(a.values, column + c, _weighed(corners, shares))
+                        store(columns, column + c, _weighed(corners, shares))
+
+
+# --- what they are multiplied with: tiles of a matrix product ---------------------------------------------------------
+
+
+@numba.njit
+def _add_product(registers, rows, depth, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth):
+    """Adds a[rows, depth]·b[depth, 16·registers] to out, four rows at a time and always four."""
+    for row in range(0, rows, ROWS):
+        to, of = at + row * out_row, a_at + row * a_row
+        if registers == 1:
+            tile_1(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+        elif registers == 2:
+            tile_2(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+        else:
+            tile_4(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+
+
+@_inlined
+def _group_sizes(n):
+    """Metric groups of a kernel group, kernel groups of a metric group; an output strip's width, strips of a group."""
+    strip = n.strip_out * LANES
+    metric_groups = max(1, n.metric_groups // n.kernel_groups)
+    kernel_groups = max(1, n.kernel_groups // n.metric_groups)
+    return metric_groups, kernel_groups, strip, -(-(n.out_channels // n.kernel_groups) // strip)
+
+
+@_inlined
+def _whole(number):
+    return -(-number // LANES) * LANES
+
+
+@numba.njit
+def _dense(first, last, n, a, columns, strips):
+    """The output [B·H_out·W_out, C_out] of any other layer, by `strips` [..., pixels, 16·strip_out] of it."""
+    _columns(first, last, n, a, columns)
+    metric_groups, kernel_groups, strip, count = _group_sizes(n)
+    run, per_group, weight_at = n.channels // n.metric_groups, n.out_channels // n.kernel_groups, 0
+    rows, row = last - first, n.taps * n.channels
+    strips[:] = 0
+    for group in range(n.kernel_groups):
+        for number in range(group * count, group * count + count):
+            to = number * n.pixels * strip
+            for tap in range(metric_groups * n.taps):
+                of = (group * metric_groups // kernel_groups * n.taps + tap) * run + group % kernel_groups * n.shared
+                for c in range(0, n.shared, DEPTH):
+                    depth, weight = min(DEPTH, n.shared - c), weight_at + c * strip
+                    _add_product(
+                        n.strip_out, rows, depth, strips, to, strip, columns, of + c, row, 1, a.weight, weight, strip
+                    )
+                weight_at += _whole(n.shared) * strip
+    for i in range(last - first):
+        for number in range(n.kernel_groups * count):
+            channel = number // count * per_group + number % count * strip
+            at, to = (number * n.pixels + i) * strip, (first + i) * n.out_channels + channel
+            for c in range(min(strip, per_group - number % count * strip)):
+                a.values[to + c] = strips[at + c] + a.bias[channel + c]
+
+
+@numba.njit
+def _read_strips(first, last, n, a, strips):
+    """The gradient of the output from pixel `first` to `last`, in strips as `_dense` has them, filled up with zeros."""
+    _, _, strip, count = _group_sizes(n)
+    per_group = n.out_channels // n.kernel_groups
+    strips[:] = 0
+    for i in range(last - first):
+        for number in range(n.kernel_groups * count):
+            channel = number // count * per_group + number % count * strip
+            at, of = (number * n.pixels + i) * strip, (first + i) * n.out_channels + channel
+            for c in range(min(strip, per_group - number % count * strip)):
+                strips[at + c] = a.values[of + c]
+
+
+@numba.njit
+def _products_back(pixels, n, a, group, image_set, c_0, c_1, strips, samples, need_weight):
+    """Adds a matrix product to the gradients of the samples [pixels, K, c_1 − c_0] of a metric group's channels.
+
+    Or, where `samples` are the samples themselves, to the kernel's. The other factor is the gradient of the output.
+    """
+    metric_groups, kernel_groups, strip, count = _group_sizes(n)
+    filled, wide, row = _whole(n.shared), n.strip_in * LANES, n.taps * (c_1 - c_0)
+    for part in range(kernel_groups):
+        kernel_group = group * kernel_groups // metric_groups + part
+        block = (kernel_group * metric_groups + group % metric_groups) * n.taps
+        for tap in range(n.taps):
+            for c in range(c_0, c_1 if kernel_groups == 1 else filled, wide):
+                place = tap * (c_1 - c_0) + c - c_0 + part * n.shared
+                for number in range(kernel_group * count, kernel_group * count + count):
+                    at = (((block + tap) * filled + c) * count + (number - kernel_group * count) * wide) * strip
+                    of = number * n.pixels * strip
+                    if need_weight:
+                        to = image_set * len(a.weight) + at
+                        _add_product(
+                            n.strip_in,
+                            strip,
+                            pixels,
+                            a.grad_weight,
+                            to,
+                            wide,
+                            strips,
+                            of,
+                            1,
+                            strip,
+                            samples,
+                            place,
+                            row,
+                        )
+                    else:
+                        _add_product(
+                            n.strip_in, pixels, strip, samples, place, row, strips, of, strip, 1, a.weight, at, wide
+                        )
 
 
 @_inlined
@@ -486,61 +452,70 @@ def _add(array, at, value):
 
 
 @numba.njit
-def _backward(first, last, n, a):
+def _backward(first, last, n, a, samples, strips):
     """All gradients of the samples of some output pixels, unit by unit.
 
-    A unit is a block of channels of a metric group of an image: it owns what it adds to, and adds pixel by pixel.
-    `values` are, of a depthwise layer, the gradient of its output, [B, H_out, W_out, channels]. Else they are that of
-    the samples, [images, pixels, G, K, channels / G], and the samples themselves come into their place.
+    A unit is a block of channels of a metric group in a set of images: it owns what it adds to, and adds pixel by
+    pixel. But in a depthwise layer `samples` are first the gradients of some pixels' samples and then these samples.
     """
-    plan, line, groups = _empty_plan(n.taps, True), n.width * n.channels, n.metric_groups
+    plan, line, groups, dense = _empty_plan(n.taps, True), n.width * n.channels, n.metric_groups, n.kernel_groups > 0
     run = n.channels // groups
+    batch, registers = len(a.x) // (n.height * line), run // (LANES * n.strip_in)
     need_x, need_source, need_weight = len(a.grad_x) > 0, len(a.grad_source) > 0, len(a.grad_weight) > 0
     for unit in range(first, last):
-        block, group = unit // (n.images * groups), unit % groups
-        image = n.image_0 + unit // groups % n.images
-        registers = run // LANES
-        c_0 = group * run + registers * block // n.blocks * LANES
-        c_1 = group * run + registers * (block + 1) // n.blocks * LANES
-        begin, end = image * n.out_pixels + n.pixel_0, image * n.out_pixels + n.pixel_1
-        for chunk in range(begin, end, LANES):
-            _fill_plan(plan, n, a, chunk, end, group, True)
-            count = min(LANES, end - chunk)
-            for i in range(count):
-                column = (image - n.image_0) * (n.pixel_1 - n.pixel_0) + chunk + i - begin
-                column = ((column * groups + group) * n.taps - group) * run
-                for tap in range(n.taps):
-                    sample = tap * LANES + i
-                    mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
-                    corner = image * n.height * line + plan.corners[sample] * n.channels
-                    by_00 = by_01 = by_10 = by_11 = mask - mask
-                    for c in range(c_0, c_1, LANES):
-                        at, below = corner + c, corner + line + c
-                        corners = _corners(a.x, at, below, n.channels)
-                        if len(a.weight):
-                            grad = load(a.values, (chunk + i) * n.channels + c)
-                            if need_weight:
-                                value = mask * _weighed(corners, shares)
-                                _add(a.grad_weight, (image * n.taps + tap) * n.channels + c, grad * value)
-                            grad = grad * load(a.weight, tap * n.channels + c)
-                        else:
-                            grad = load(a.values, column + tap * run + c)
-                            store(a.values, column + tap * run + c, mask * _weighed(corners, shares))
+        block, image_set, group = unit // (n.sets * groups), unit // groups % n.sets, unit % groups
+        c_0 = registers * block // n.blocks * n.strip_in * LANES
+        c_1 = registers * (block + 1) // n.blocks * n.strip_in * LANES if block + 1 < n.blocks else run
+        begin, end = batch * image_set // n.sets * n.out_pixels, batch * (image_set + 1) // n.sets * n.out_pixels
+        for piece in range(begin, end, n.pixels):
+            piece_end = min(piece + n.pixels, end)
+            if dense:
+                _read_strips(piece, piece_end, n, a, strips)
+                samples[:] = 0
+                if need_x or need_source:
+                    _products_back(piece_end - piece, n, a, group, image_set, c_0, c_1, strips, samples, False)
+            for chunk in range(piece, piece_end, LANES):
+                _fill_plan(plan, n, a, chunk, piece_end, group, True)
+                count = min(LANES, piece_end - chunk)
+                for i in range(count):
+                    image = (chunk + i) // n.out_pixels
+                    for tap in range(n.taps):
+                        sample = tap * LANES + i
+                        mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
+                        corner = image * n.height * line + plan.corners[sample] * n.channels + group * run
+                        by_00 = by_01 = by_10 = by_11 = mask - mask
+                        for c in range(c_0, c_1, LANES):
+                            at, below = corner + c, corner + line + c
+                            corners = _corners(a.x, at, below, n.channels)
+                            if dense:
+                                place = ((chunk - piece + i) * n.taps + tap) * (c_1 - c_0) + c - c_0
+                                grad = load(samples, place)
+                                store(samples, place, mask * _weighed(corners, shares))
+                            else:
+                                channel = group * run + c
+                                grad = load(a.values, (chunk + i) * n.channels + channel)
+                                if need_weight:
+                                    value = mask * _weighed(corners, shares)
+                                    _add(a.grad_weight, (image_set * n.taps + tap) * n.channels + channel, grad * value)
+                                grad = grad * load(a.weight, tap * n.channels + channel)
+                            if need_source:
+                                by_00, by_01 = by_00 + grad * corners[0], by_01 + grad * corners[1]
+                                by_10, by_11 = by_10 + grad * corners[2], by_11 + grad * corners[3]
+                            if need_x:
+                                grad = mask * grad
+                                _add(a.grad_x, at, shares[0] * grad)
+                                _add(a.grad_x, at + n.channels, shares[1] * grad)
+                                _add(a.grad_x, below, shares[2] * grad)
+                                _add(a.grad_x, below + n.channels, shares[3] * grad)
                         if need_source:
-                            by_00, by_01 = by_00 + grad * corners[0], by_01 + grad * corners[1]
-                            by_10, by_11 = by_10 + grad * corners[2], by_11 + grad * corners[3]
-                        if need_x:
-                            grad = mask * grad
-                            _add(a.grad_x, at, shares[0] * grad)
-                            _add(a.grad_x, at + n.channels, shares[1] * grad)
-                            _add(a.grad_x, below, shares[2] * grad)
-                            _add(a.grad_x, below + n.channels, shares[3] * grad)
-                    if need_source:
-                        four = tap * 4 * LANES + i
-                        plan.by_corner[four], plan.by_corner[four + LANES] = total(by_00), total(by_01)
-                        plan.by_corner[four + 2 * LANES], plan.by_corner[four + 3 * LANES] = total(by_10), total(by_11)
-            if need_source:
-                _through_samples(plan, n, a, chunk, count, group, block)
+                            four = tap * 4 * LANES + i
+                            plan.by_corner[four], plan.by_corner[four + LANES] = total(by_00), total(by_01)
+                            plan.by_corner[four + 2 * LANES] = total(by_10)
+                            plan.by_corner[four + 3 * LANES] = total(by_11)
+                if need_source:
+                    _through_samples(plan, n, a, chunk, count, group, block)
+            if dense and need_weight:
+                _products_back(piece_end - piece, n, a, group, image_set, c_0, c_1, strips, samples, True)
 
 
 # --- many threads: each takes the next piece of work until none is left ----------------------------------------------
@@ -591,19 +566,32 @@ def _run_depthwise(data):
         first, last = _next_piece(call)
 
 
-def _run_columns(data):
+@_inlined
+def _room(n):
+    """A thread's columns, or samples, of some pixels, and their output's strips; the last tile may reach beyond."""
+    numbers = 0
+    if n.kernel_groups:
+        _, _, strip, count = _group_sizes(n)
+        numbers = n.kernel_groups * count * n.pixels * strip
+    taken = n.pixels * n.taps * n.channels if n.kernel_groups else 0
+    return np.empty(taken + ROWS * LANES, np.float32), np.empty(numbers, np.float32)
+
+
+def _run_dense(data):
     call, sizes, arrays = _opened(data)
+    columns, strips = _room(sizes)
     first, last = _next_piece(call)
     while first < last:
-        _columns(first, last, sizes, arrays)
+        _dense(first, last, sizes, arrays, columns, strips)
         first, last = _next_piece(call)
 
 
 def _run_backward(data):
     call, sizes, arrays = _opened(data)
+    samples, strips = _room(sizes)
     first, last = _next_piece(call)
     while first < last:
-        _backward(first, last, sizes, arrays)
+        _backward(first, last, sizes, arrays, samples, strips)
         first, last = _next_piece(call)
 
 
@@ -704,11 +692,14 @@ def _inputs(arguments: Arguments) -> Tuple[_Sizes, _Arrays]:
         mask_image=mask_strides[0],
         mask_number=mask_strides[1],
         mask_pixel=mask_strides[2],
+        kernel_groups=0 if _is_depthwise(arguments) else arguments.groups,
+        out_channels=weight.shape[0],
+        shared=min(weight.shape[1], arguments.x.shape[1] // arguments.metric_groups),
+        strip_in=1,
+        strip_out=_widest(-(-weight.shape[0] // (arguments.groups * LANES))),
+        pixels=_pixels(x.shape[3] * arguments.taps, source.shape[0] * source.shape[-2] * source.shape[-1]),
         blocks=1,
-        images=x.shape[0],
-        image_0=0,
-        pixel_0=0,
-        pixel_1=source.shape[-2] * source.shape[-1],
+        sets=x.shape[0],
     )
     return sizes, _Arrays(_flat(x), source_values, mask_values, points, *[NOTHING] * 7)
 
@@ -722,42 +713,72 @@ def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
     return _flat(_in_registers(arguments.weight.flatten(1).t().float(), arguments.metric_groups))
 
 
+def _widest(registers: int, limit: int = WIDEST) -> int:
+    """How many registers a tile takes of so many: some that divide them."""
+    return next(width for width in (4, 2, 1) if width <= limit and registers % width == 0)
+
+
+def _pixels(numbers: int, total: int) -> int:
+    """Of how many output pixels the columns, of so many numbers each, are in the cache; every thread gets some."""
+    share = min(CACHED_NUMBERS // numbers, CACHED_PIXELS, -(-total // torch.get_num_threads()))
+    return LANES * -(-max(share, 1) // LANES)
+
+
+def _unfolded(weight: Tensor, arguments: Arguments) -> Tensor:
+    """The kernel as a view `[groups, o, q, c, K]`: q metric groups in a kernel group, c channels in both."""
+    q = max(1, arguments.metric_groups // arguments.groups)
+    return weight.detach().flatten(2).unflatten(1, (q, -1)).unflatten(0, (arguments.groups, -1))
+
+
+def _by_groups(arguments: Arguments) -> Tensor:
+    """The kernel `[groups, q, K, c, o]`, c and o filled up."""
+    weight = _unfolded(arguments.weight, arguments).float()
+    return _filled_up(_filled_up(weight.permute(0, 2, 4, 1, 3)).transpose(3, 4))
+
+
+def _strips_out(kernel: Tensor, sizes: _Sizes) -> Tensor:
+    """`[groups, strips, q, K, c, 16·strip_out]`."""
+    return kernel.unflatten(4, (-1, sizes.strip_out * LANES)).permute(0, 4, 1, 2, 3, 5)
+
+
+def _strips_in(kernel: Tensor, sizes: _Sizes) -> Tensor:
+    """`[groups, q, K, strips, o, 16·strip_in]`."""
+    return kernel.unflatten(3, (-1, sizes.strip_in * LANES)).transpose(4, 5)
+
+
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
 def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
     sizes, arrays = _inputs(arguments)
-    step = LANES * -(-THREAD_NUMBERS // (LANES * sizes.taps * sizes.channels))
-    way = _forward_depthwise if _is_depthwise(arguments) else _forward_by_columns
-    way(arguments, bias, by_pixels(out).flatten(0, 2), sizes, arrays, step)
-
-
-def _forward_depthwise(
-    arguments: Arguments, bias: Optional[Tensor], out: Tensor, sizes: _Sizes, arrays: _Arrays, step: int
-) -> None:
-    groups = arguments.metric_groups
+    out = by_pixels(out).flatten(0, 2)
     bias = out.new_zeros(out.shape[1]) if bias is None else bias.view(out.shape[1])
+    way = _forward_depthwise if _is_depthwise(arguments) else _forward_dense
+    way(arguments, bias.float(), out, sizes, arrays)
+
+
+def _forward_depthwise(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Sizes, arrays: _Arrays) -> None:
+    groups, step = arguments.metric_groups, LANES * -(-THREAD_NUMBERS // (LANES * sizes.taps * sizes.channels))
     direct = out.dtype == torch.float32 and sizes.channels == out.shape[1]
     values = out if direct else torch.empty(len(out), sizes.channels)
-    bias_values = _flat(_in_registers(bias.float(), groups))
+    bias_values = _flat(_in_registers(bias, groups))
     arrays = arrays._replace(weight=_depthwise_kernel(arguments), bias=bias_values, values=_flat(values))
     _work(_run_depthwise, len(out), step, sizes, arrays)
     if not direct:
         out.copy_(_out_of_registers(values, groups, out.shape[1]))
 
 
-def _forward_by_columns(
-    arguments: Arguments, bias: Optional[Tensor], out: Tensor, sizes: _Sizes, arrays: _Arrays, step: int
-) -> None:
-    x, groups = arguments.x, arguments.metric_groups
-    kernel, pieces = gather._kernel(arguments), gather._pieces(len(out), gather._slab_pixels(arguments))
-    slab = torch.empty(pieces[0].stop, groups * sizes.taps, sizes.channels // groups)
-    for piece in pieces:
-        columns = slab[: piece.stop - piece.start]
-        here = sizes._replace(pixel_0=piece.start), arrays._replace(values=_flat(columns))
-        _work(_run_columns, len(columns), step, *here)
-        columns = columns[..., : x.shape[1] // groups].to(x.dtype).flatten(1)
-        out[piece] = gather._product(columns, kernel, bias)
+def _forward_dense(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Sizes, arrays: _Arrays) -> None:
+    kernel, values = _flat(_strips_out(_by_groups(arguments), sizes)), out.float()
+    _work(
+        _run_dense,
+        len(out),
+        sizes.pixels,
+        sizes,
+        arrays._replace(weight=kernel, bias=_flat(bias), values=_flat(values)),
+    )
+    if values is not out:
+        out.copy_(values)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -766,17 +787,12 @@ def _forward_by_columns(
 def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     groups, depthwise, (sizes, arrays) = arguments.metric_groups, _is_depthwise(arguments), _inputs(arguments)
     grad, batch = by_pixels(grad.detach()), len(grad)
-    # where there are fewer images than threads, these share out the channels
-    threads, registers = torch.get_num_threads(), sizes.channels // groups // LANES
-    together = max(gather._slab_pixels(arguments) // sizes.out_pixels, -(-threads // (groups * registers)), 1)
-    together = batch if depthwise else min(batch, together)
-    blocks = min(-(-threads // (together * groups)), registers)
-    sizes = sizes._replace(blocks=blocks, images=together)
+    sizes = _shared_out(sizes, batch, arguments.weight.numel() if into.weight is not None and not depthwise else 0)
 
     def room(t: Optional[Tensor]) -> Tensor:
         if t is None:
             return torch.empty(0)
-        return by_pixels(t)[None] if blocks == 1 else torch.empty(blocks, *by_pixels(t).shape)
+        return by_pixels(t)[None] if sizes.blocks == 1 else torch.empty(sizes.blocks, *by_pixels(t).shape)
 
     # an image that is laid out as the kernels work takes its gradient without a copy
     direct = into.x is not None and into.x.dtype == torch.float32 and into.x.numel() == len(arrays.x)
@@ -784,53 +800,47 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     if into.x is not None and direct:
         grad_x = by_pixels(into.x).flatten().zero_()
     grad_source, grad_mask = room(into.source), room(into.mask)
-    need_taps = depthwise and into.weight is not None
-    grad_taps = torch.zeros((batch, sizes.taps, sizes.channels) if need_taps else 0)
-    results = [_flat(t) for t in (grad_x, grad_source, grad_mask, grad_taps)]
-    arrays = _Arrays(*arrays[:7], *results)
-
     if depthwise:
-        upstream = _flat(_in_registers(grad.float(), groups))
-        arrays = arrays._replace(weight=_depthwise_kernel(arguments), values=upstream)
-        _work(_run_backward, blocks * batch * groups, 1, sizes, arrays)
-        grad_weight = _out_of_registers(grad_taps.sum(0), groups, grad.shape[-1]).t() if need_taps else None
+        kernel, upstream = _depthwise_kernel(arguments), _in_registers(grad.float(), groups)
+        grad_weight = torch.zeros(sizes.sets, sizes.taps, sizes.channels)
     else:
-        wanted = into.x is not None or into.source is not None, into.weight is not None
-        grad_weight = _backward_by_columns(arguments, grad.flatten(1, 2), *wanted, sizes, arrays)
+        strips, upstream = _strips_in(_by_groups(arguments), sizes), grad.float()
+        kernel, grad_weight = _flat(strips), torch.zeros(sizes.sets, *strips.shape)
+    results = grad_x, grad_source, grad_mask, grad_weight[: 0 if into.weight is None else None]
+    arrays = arrays._replace(weight=kernel, values=_flat(upstream))
+    arrays = _Arrays(*arrays[:7], *map(_flat, results))
+    _work(_run_backward, sizes.blocks * sizes.sets * groups, 1, sizes, arrays)
 
     if into.x is not None and not direct:
         grad_x = _out_of_registers(grad_x.view(batch, sizes.height, sizes.width, -1), groups, into.x.shape[1])
         by_pixels(into.x).copy_(grad_x[:, : into.x.shape[2], : into.x.shape[3]])
     for result, to in ((grad_source, into.source), (grad_mask, into.mask)):
-        if to is not None and blocks > 1:
+        if to is not None and sizes.blocks > 1:
             by_pixels(to).copy_(result.sum(0))
-    if into.weight is not None and grad_weight is not None:
-        into.weight.copy_(grad_weight.reshape(into.weight.shape))
+    if into.weight is not None:
+        grad_weight = grad_weight.sum(0)
+        if depthwise:
+            grad_weight = _out_of_registers(grad_weight, groups, len(into.weight)).t()
+            into.weight.copy_(grad_weight.reshape(into.weight.shape))
+        else:  # strips of [groups, q, K, o, 16·strip_in] → [groups, o, q, c, K]
+            to = _unfolded(into.weight, arguments)
+            for place, strip in zip(to.split(sizes.strip_in * LANES, 3), grad_weight.unbind(3), strict=True):
+                place.copy_(strip.permute(0, 3, 1, 4, 2)[:, : place.shape[1], :, : place.shape[3]])
 
 
-def _backward_by_columns(
-    arguments: Arguments, grad: Tensor, need_samples: bool, need_weight: bool, sizes: _Sizes, arrays: _Arrays
-) -> Optional[Tensor]:
-    """Fills the arrays of gradients; the kernel's `[..., C_in/groups, K]`. A slab is some pixels of some images."""
-    x, groups, kernel, total = arguments.x, arguments.metric_groups, gather._kernel(arguments), None
-    (batch, pixels, _), slab = grad.shape, gather._slab_pixels(arguments)
-    share = x.shape[1] // groups
-    for images in gather._pieces(batch, sizes.images):
-        count = images.stop - images.start
-        for span in gather._pieces(pixels, max(1, slab // count)):
-            upstream = grad[images, span].flatten(0, 1)
-            if need_samples:
-                samples = gather._sample_gradient(upstream, kernel).view(len(upstream), -1, share)
-                samples = _filled_up(samples.float()).contiguous()
-            else:
-                samples = torch.zeros(len(upstream), groups * sizes.taps, sizes.channels // groups)
-            here = sizes._replace(images=count, image_0=images.start, pixel_0=span.start, pixel_1=span.stop)
-            _work(_run_backward, sizes.blocks * count * groups, 1, here, arrays._replace(values=_flat(samples)))
-            if need_weight:
-                columns = samples[..., :share].to(x.dtype).flatten(1)
-                part = gather._product_gradient(columns, upstream, kernel).float()
-                total = part if total is None else total.add_(part)
-    return None if total is None else total.flatten(0, 2).transpose(2, 3)
+def _shared_out(sizes: _Sizes, batch: int, gradient: int) -> _Sizes:
+    """The units of a backward pass, two for each thread: sets of images first, then blocks of channels.
+
+    Every set has a gradient of the kernel, of so many numbers.
+    """
+    registers, wanted = sizes.channels // (sizes.metric_groups * LANES), 2 * torch.get_num_threads()
+    sets = max(1, min(batch, wanted, GRADIENT_NUMBERS // max(1, gradient)))
+    blocks = -(-wanted // (sets * sizes.metric_groups))
+    if sizes.kernel_groups > sizes.metric_groups:  # their channels may begin within a register
+        blocks, registers = 1, -(-sizes.shared // LANES)
+    blocks = min(blocks, registers)
+    strip_in = _widest(registers, min(WIDEST, registers // blocks)) if sizes.kernel_groups else 1
+    return sizes._replace(sets=sets, blocks=blocks, strip_in=strip_in)
 
 
 # `ball_conv2d_reference`, fastest on CPUs and straight from affine maps

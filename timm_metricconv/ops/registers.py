@@ -1,0 +1,232 @@
+"""Registers of sixteen float32 numbers as a type of Numba, for the kernels of `compiled`."""
+
+import math
+import operator
+from typing import Callable
+
+import numba
+from llvmlite import binding, ir
+from numba.core import cgutils, config
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import lower_builtin, models, register_model
+
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("Numba's compiler is switched off, see NUMBA_DISABLE_JIT.")
+
+LANES = 16
+_floats, _ints = (ir.VectorType(t, LANES) for t in (ir.FloatType(), ir.IntType(32)))
+
+
+class _Register(numba.types.Type):
+    """Sixteen float32 numbers. LLVM gives them a register of AVX-512, two of AVX2, or four of NEON."""
+
+
+@register_model(_Register)
+class _RegisterModel(models.PrimitiveModel):
+    def __init__(self, manager, register):
+        super().__init__(manager, register, _floats)
+
+
+_register = _Register("float32x16")
+_numbers = (numba.float32, numba.float64, numba.int64)
+_pairs = [(_register, _register), *((_register, t) for t in _numbers), *((t, _register) for t in _numbers)]
+_array, _indices = (numba.types.Array(t, 1, "C") for t in (numba.float32, numba.int32))
+
+
+def _operation(function: Callable, emit: Callable, result, *cases: tuple) -> None:
+    """Teaches Numba a function of registers.
+
+    Args:
+        function: What the kernels call.
+        emit: (LLVM builder, values) → LLVM value.
+        result: Its type.
+        cases: The types of its arguments, each way to call it. A number among registers fills one.
+    """
+    signatures = [signature(result, *case) for case in cases]
+    infer_global(function)(type("Template", (ConcreteTemplate,), {"cases": signatures}))
+
+    def lower(context, builder, signature, values):
+        operands = []
+        for value, given in zip(values, signature.args, strict=True):
+            if isinstance(given, numba.types.Array):
+                value = context.make_array(given)(context, builder, value).data
+            elif signature.args in _pairs and given is not _register:
+                value = _filled(builder, context.cast(builder, value, given, numba.float32))
+            operands.append(value)
+        returned = emit(builder, *operands)
+        return context.get_dummy_value() if result is numba.types.none else returned
+
+    for case in cases:
+        lower_builtin(function, *case)(lower)
+
+
+def _filled(builder, number):
+    first = builder.insert_element(ir.Constant(_floats, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, first, ir.Constant(_ints, [0] * LANES))
+
+
+def _llvm(name: str, *types) -> Callable:
+    """Emits a call of LLVM's own function; the first of `types` is the result's."""
+
+    def emit(builder, *values):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(types[0], types[1:]), name)
+        return builder.call(function, values, fastmath=("reassoc",))
+
+    return emit
+
+
+def _choice(relation: str) -> Callable:
+    # of NaN and a number the number, if it comes second: what the processor's instruction does
+    return lambda builder, a, b: builder.select(builder.fcmp_ordered(relation, a, b), a, b)
+
+
+def _at(builder, array, index, vector):
+    return builder.bitcast(builder.gep(array, [index]), vector.as_pointer())
+
+
+def _load(builder, array, index):
+    return builder.load(_at(builder, array, index, _floats), align=4)
+
+
+def _spread(builder, array, index):
+    return _filled(builder, builder.load(builder.gep(array, [index])))
+
+
+def _store(builder, array, index, register):
+    builder.store(register, _at(builder, array, index, _floats), align=4)
+
+
+def _store_corner(builder, array, index, row, column, width):
+    row, column, width = (builder.fptosi(register, _ints) for register in (row, column, width))
+    builder.store(builder.add(builder.mul(row, width), column), _at(builder, array, index, _ints), align=4)
+
+
+def _total(builder, register):
+    add = _llvm(f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _floats)
+    return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
+
+
+def load(array, index):
+    """Sixteen numbers of an array."""
+
+
+def store(array, index, register):
+    """Writes them."""
+
+
+def store_corner(array, index, row, column, width):
+    """Writes row · width + column, which float32 may not hold, to an array of integers."""
+
+
+def spread(array, index):
+    """Sixteen times one number of an array."""
+
+
+def larger(a, b):
+    """The larger of two; b where a is NaN."""
+
+
+def smaller(a, b):
+    """The smaller of two; b where a is NaN."""
+
+
+def total(register):
+    """The sum of its numbers."""
+
+
+def _arithmetic(name: str) -> Callable:
+    # `contract`: a product and a sum become one instruction where the processor has it
+    return lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract",))
+
+
+_operation(operator.add, _arithmetic("fadd"), _register, *_pairs)
+_operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
+_operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
+_operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
+_operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
+_operation(spread, _spread, _register, (_array, numba.intp))
+_operation(larger, _choice(">"), _register, *_pairs)
+_operation(smaller, _choice("<"), _register, *_pairs)
+_operation(load, _load, _register, (_array, numba.intp))
+_operation(store, _store, numba.types.none, (_array, numba.intp, _register))
+_operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp, *[_register] * 3))
+_operation(total, _total, numba.float32, (_register,))
+
+
+def _fetch_and_add(builder, array, step):
+    return builder.atomic_rmw("add", array, step, "monotonic")
+
+
+def _pointer(builder, address):
+    return builder.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+# A tile of a matrix product stays in registers: of four rows, and as many columns as there are registers for.
+ROWS = 4
+WIDEST = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
+
+
+def _emit_tile(registers: int) -> Callable:
+    """Emits out[row, column] += Σ_d a[row, d]·b[d, column] of a tile, d in a loop."""
+
+    def emit(builder, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+        integer = ir.IntType(64)
+        columns = [ir.Constant(integer, LANES * i) for i in range(registers)]
+        rows = [ir.Constant(integer, row) for row in range(ROWS)]
+        places = [builder.add(builder.add(at, builder.mul(out_row, row)), column) for row in rows for column in columns]
+        firsts = [builder.add(a_at, builder.mul(a_row, row)) for row in rows]
+        sums = [_load(builder, out, place) for place in places]
+        before = builder.block
+        loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        d = builder.phi(integer)
+        d.add_incoming(ir.Constant(integer, 0), before)
+        running = [builder.phi(_floats) for _ in sums]
+        b_row = builder.add(b_at, builder.mul(d, b_depth))
+        factors = [_load(builder, b, builder.add(b_row, column)) for column in columns]
+        through = builder.mul(d, a_depth)
+        numbers = [_spread(builder, a, builder.add(first, through)) for first in firsts]
+        products = [builder.fmul(number, factor, flags=("contract",)) for number in numbers for factor in factors]
+        added = [builder.fadd(*pair, flags=("contract",)) for pair in zip(running, products, strict=True)]
+        for phi, start, value in zip(running, sums, added, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        following = builder.add(d, ir.Constant(integer, 1))
+        d.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+        builder.position_at_end(after)
+        for place, value in zip(places, added, strict=True):
+            _store(builder, out, place, value)
+
+    return emit
+
+
+def tile_1(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+    """Adds a[4, depth]·b[depth, 16] to out[4, 16], parts of larger matrices; columns of out and b are neighbours."""
+
+
+def tile_2(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+    """The same, 32 columns."""
+
+
+def tile_4(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+    """The same, 64 columns."""
+
+
+_i = numba.int64
+for _registers, _tile in ((1, tile_1), (2, tile_2), (4, tile_4)):
+    _case = (_array, _i, _i, _array, _i, _i, _i, _array, _i, _i, _i)
+    _operation(_tile, _emit_tile(_registers), numba.types.none, _case)
+
+
+def fetch_and_add(array, step):
+    """Adds to the first of some integers, which other threads do too; what it was before."""
+
+
+def pointer(address):
+    """An integer as a pointer."""
+
+
+_operation(fetch_and_add, _fetch_and_add, numba.int64, (numba.types.Array(numba.int64, 1, "C"), numba.int64))
+_operation(pointer, _pointer, numba.types.voidptr, (numba.int64,))
