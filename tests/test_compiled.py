@@ -189,6 +189,61 @@ def test_tiles_of_every_width(balls, width, groups, outputs, threads, set_thread
     compare_with_reference(function, leaves, 1e-4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("width", "groups"), [(34, 2), (24, 3), (40, 1)])
+def test_what_is_infinite_stays_where_it_belongs(width, groups, value):
+    """A gradient of one pixel and kernel group, whose channels begin and end within a register."""
+    torch.manual_seed(10)
+    x, weight = torch.randn(1, width, 7, 7), torch.randn(2 * groups, width // groups, 2, 2)
+    corner, mask = torch.tensor([-0.5, 0.5]), torch.rand(1, 4, 6, 6)
+    positions = torch.stack(torch.meshgrid(corner, corner, indexing="xy"), 2).view(1, 4, 2, 1, 1)
+    positions = positions.repeat(1, 1, 1, 6, 6) * 0.9  # strictly between the same pixels everywhere
+    grad = torch.ones(1, 2 * groups, 6, 6)
+    grad[0, -1, 2, 3] = value
+
+    def finite(dtype, backend):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, positions, weight, mask)]
+        out = ball_conv2d(*leaves[:3], mask=leaves[3], groups=groups, backend=backend)
+        out.backward(grad.to(dtype))
+        return [leaf.grad.isfinite() for leaf in leaves]
+
+    for actual, expected in zip(finite(torch.float32, "compiled"), finite(torch.float64, "reference"), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_an_infinite_input_has_no_part_in_the_gradients_of_other_samples(depthwise):
+    x, weight = torch.zeros(1, 1, 5, 5), torch.ones(1 if depthwise else 2, 1, 2)
+    x[..., 3, 3] = float("inf")
+    positions = torch.tensor([[0.25, 0.25], [-2.25, -2.25]]).view(1, 2, 2, 1, 1).repeat(1, 1, 1, 5, 5)
+    positions.requires_grad_()
+    ball_conv2d(x, positions, weight, backend="compiled").sum().backward()
+    assert not positions.grad[0, 0, :, 3, 3].isfinite().any()
+    assert positions.grad[0, 1, :, 3, 3].isfinite().all()
+
+
+def test_no_image_is_read_where_there_is_none():
+    out = ball_conv2d(
+        torch.zeros(1, 2, 0, 4), torch.zeros(1, 9, 2, 2, 4), torch.ones(3, 2, 3, 3), padding=(2, 1), backend="compiled"
+    )
+    assert not out.any()
+
+
+def test_gradients_of_a_filled_up_kernel_are_few(monkeypatch):
+    """A kernel of one channel and two outputs for each of many groups is filled up to 128 times its size."""
+    lengths, work = [], compiled._work
+
+    def record(*call):
+        lengths.append(len(call[-1].grad_weight))
+        work(*call)
+
+    monkeypatch.setattr(compiled, "_work", record)
+    monkeypatch.setattr(compiled, "GRADIENT_NUMBERS", 40_000)
+    leaves, function = problem(11, False, True, batch=3, balls=1, width=16, groups=16, outputs=2, k=3, size=(9, 8))
+    compare_with_reference(function, leaves, 1e-4)
+    assert 0 < max(lengths) <= 40_000
+
+
 def test_two_callers_at_once():
     leaves, function = problem(7, True, True, batch=2, balls=2, width=32, k=5, size=(9, 8))
     expected = run(function, leaves)

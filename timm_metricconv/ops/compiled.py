@@ -43,6 +43,7 @@ from .registers import (
     tile_2,
     tile_4,
     total,
+    zeros,
 )
 from .samples import FIELDS
 
@@ -218,7 +219,7 @@ def _fill_plan(plan, n, a, first, last, group, for_gradients):
             sample_x, sample_y = load(offsets, 0) + centre_x, load(offsets, LANES) + centre_y
         column, right = _axis(sample_x, n.width)
         row, down = _axis(sample_y, n.height)
-        store_corner(plan.corners, tap * LANES, row, column, row - row + n.width)
+        store_corner(plan.corners, tap * LANES, row, column, zeros() + n.width)
         x0, x1, y0, y1 = _hat(right), _hat(right - 1), _hat(down), _hat(down - 1)
         if len(a.mask):
             number = (group * n.taps + tap) * n.mask_number
@@ -239,13 +240,12 @@ def _fill_plan(plan, n, a, first, last, group, for_gradients):
 @numba.njit
 def _through_samples(plan, n, a, first, count, group, block):
     """Gradients of the corners' weights in `plan.by_corner` → of masks, and of positions or of affine maps."""
-    nothing = load(plan.by_corner, 0) * 0
-    xx = xy = yx = yy = shift_x = shift_y = nothing
+    xx = xy = yx = yy = shift_x = shift_y = zeros()
     # the number of a pixel's metric group, in all blocks
     place = (block * (len(a.x) // (n.height * n.width * n.channels)) * n.out_pixels + first) * n.metric_groups + group
     for tap in range(n.taps):
         at = tap * 4 * LANES
-        by_x = by_y = by_mask = nothing
+        by_x = by_y = by_mask = zeros()
         for corner in range(at, at + 4 * LANES, LANES):
             grad = load(plan.by_corner, corner)
             by_x = by_x + grad * load(plan.slopes_x, corner)
@@ -339,16 +339,27 @@ def _columns(first, last, n, a, columns):
 
 
 @numba.njit
-def _add_product(registers, rows, depth, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth):
-    """Adds a[rows, depth]·b[depth, 16·registers] to out, four rows at a time and always four."""
+def _add_product(registers, rows, depth, width, to, of, by):
+    """Adds a[rows, depth]·b[depth, width] to out, four rows at a time and always four.
+
+    Args:
+        registers: Of a tile: it reads that many, of b and of out.
+        rows: Of a and out.
+        depth: Columns of a, rows of b.
+        width: Columns of b and out.
+        to: out as an array, where it begins there, and the step from row to row.
+        of: a likewise, and the step from column to column.
+        by: b as out.
+    """
+    (out, at, out_row), (a, a_at, a_row, a_depth), (b, b_at, b_depth) = to, of, by
     for row in range(0, rows, ROWS):
-        to, of = at + row * out_row, a_at + row * a_row
+        to_row, of_row = at + row * out_row, a_at + row * a_row
         if registers == 1:
-            tile_1(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+            tile_1(out, to_row, out_row, a, of_row, a_row, a_depth, b, b_at, b_depth, depth, width)
         elif registers == 2:
-            tile_2(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+            tile_2(out, to_row, out_row, a, of_row, a_row, a_depth, b, b_at, b_depth, depth, width)
         else:
-            tile_4(out, to, out_row, a, of, a_row, a_depth, b, b_at, b_depth, depth)
+            tile_4(out, to_row, out_row, a, of_row, a_row, a_depth, b, b_at, b_depth, depth, width)
 
 
 @_inlined
@@ -372,35 +383,34 @@ def _dense(first, last, n, a, columns, strips):
     metric_groups, kernel_groups, strip, count = _group_sizes(n)
     run, per_group, weight_at = n.channels // n.metric_groups, n.out_channels // n.kernel_groups, 0
     rows, row = last - first, n.taps * n.channels
-    strips[:] = 0
     for group in range(n.kernel_groups):
-        for number in range(group * count, group * count + count):
-            to = number * n.pixels * strip
+        strips[:] = 0
+        for number in range(count):
+            to = strips, number * n.pixels * strip, strip
             for tap in range(metric_groups * n.taps):
                 of = (group * metric_groups // kernel_groups * n.taps + tap) * run + group % kernel_groups * n.shared
                 for c in range(0, n.shared, DEPTH):
-                    depth, weight = min(DEPTH, n.shared - c), weight_at + c * strip
-                    _add_product(
-                        n.strip_out, rows, depth, strips, to, strip, columns, of + c, row, 1, a.weight, weight, strip
-                    )
+                    depth = min(DEPTH, n.shared - c)
+                    by = a.weight, weight_at + c * strip, strip
+                    _add_product(n.strip_out, rows, depth, strip, to, (columns, of + c, row, 1), by)
                 weight_at += _whole(n.shared) * strip
-    for i in range(last - first):
-        for number in range(n.kernel_groups * count):
-            channel = number // count * per_group + number % count * strip
-            at, to = (number * n.pixels + i) * strip, (first + i) * n.out_channels + channel
-            for c in range(min(strip, per_group - number % count * strip)):
-                a.values[to + c] = strips[at + c] + a.bias[channel + c]
+        for i in range(rows):
+            for number in range(count):
+                channel = group * per_group + number * strip
+                at, to = (number * n.pixels + i) * strip, (first + i) * n.out_channels + channel
+                for c in range(min(strip, per_group - number * strip)):
+                    a.values[to + c] = strips[at + c] + a.bias[channel + c]
 
 
 @numba.njit
-def _read_strips(first, last, n, a, strips):
-    """The gradient of the output from pixel `first` to `last`, in strips as `_dense` has them, filled up with zeros."""
-    _, _, strip, count = _group_sizes(n)
-    per_group = n.out_channels // n.kernel_groups
+def _read_strips(first, last, n, a, group, strips):
+    """The gradient of a metric group's outputs from pixel `first` to `last`, in strips and filled up with zeros."""
+    metric_groups, kernel_groups, strip, count = _group_sizes(n)
+    per_group, first_group = n.out_channels // n.kernel_groups, group * kernel_groups // metric_groups
     strips[:] = 0
     for i in range(last - first):
-        for number in range(n.kernel_groups * count):
-            channel = number // count * per_group + number % count * strip
+        for number in range(kernel_groups * count):
+            channel = (first_group + number // count) * per_group + number % count * strip
             at, of = (number * n.pixels + i) * strip, (first + i) * n.out_channels + channel
             for c in range(min(strip, per_group - number % count * strip)):
                 strips[at + c] = a.values[of + c]
@@ -420,30 +430,15 @@ def _products_back(pixels, n, a, group, image_set, c_0, c_1, strips, samples, ne
         for tap in range(n.taps):
             for c in range(c_0, c_1 if kernel_groups == 1 else filled, wide):
                 place = tap * (c_1 - c_0) + c - c_0 + part * n.shared
-                for number in range(kernel_group * count, kernel_group * count + count):
-                    at = (((block + tap) * filled + c) * count + (number - kernel_group * count) * wide) * strip
-                    of = number * n.pixels * strip
+                for number in range(count):
+                    at = (((block + tap) * filled + c) * count + number * wide) * strip
+                    of = (part * count + number) * n.pixels * strip
                     if need_weight:
-                        to = image_set * len(a.weight) + at
-                        _add_product(
-                            n.strip_in,
-                            strip,
-                            pixels,
-                            a.grad_weight,
-                            to,
-                            wide,
-                            strips,
-                            of,
-                            1,
-                            strip,
-                            samples,
-                            place,
-                            row,
-                        )
+                        to, by = (a.grad_weight, image_set * len(a.weight) + at, wide), (samples, place, row)
+                        _add_product(n.strip_in, strip, pixels, wide, to, (strips, of, 1, strip), by)
                     else:
-                        _add_product(
-                            n.strip_in, pixels, strip, samples, place, row, strips, of, strip, 1, a.weight, at, wide
-                        )
+                        to, by = (samples, place, row), (a.weight, at, wide)
+                        _add_product(n.strip_in, pixels, strip, n.shared - c, to, (strips, of, strip, 1), by)
 
 
 @_inlined
@@ -470,8 +465,8 @@ def _backward(first, last, n, a, samples, strips):
         for piece in range(begin, end, n.pixels):
             piece_end = min(piece + n.pixels, end)
             if dense:
-                _read_strips(piece, piece_end, n, a, strips)
-                samples[:] = 0
+                _read_strips(piece, piece_end, n, a, group, strips)
+                samples[: _whole(piece_end - piece) * n.taps * (c_1 - c_0) + LANES] = 0
                 if need_x or need_source:
                     _products_back(piece_end - piece, n, a, group, image_set, c_0, c_1, strips, samples, False)
             for chunk in range(piece, piece_end, LANES):
@@ -483,7 +478,7 @@ def _backward(first, last, n, a, samples, strips):
                         sample = tap * LANES + i
                         mask, shares = spread(plan.masks, sample), _four(plan.shares, tap, i)
                         corner = image * n.height * line + plan.corners[sample] * n.channels + group * run
-                        by_00 = by_01 = by_10 = by_11 = mask - mask
+                        by_00 = by_01 = by_10 = by_11 = zeros()
                         for c in range(c_0, c_1, LANES):
                             at, below = corner + c, corner + line + c
                             corners = _corners(a.x, at, below, n.channels)
@@ -568,13 +563,12 @@ def _run_depthwise(data):
 
 @_inlined
 def _room(n):
-    """A thread's columns, or samples, of some pixels, and their output's strips; the last tile may reach beyond."""
-    numbers = 0
-    if n.kernel_groups:
-        _, _, strip, count = _group_sizes(n)
-        numbers = n.kernel_groups * count * n.pixels * strip
-    taken = n.pixels * n.taps * n.channels if n.kernel_groups else 0
-    return np.empty(taken + ROWS * LANES, np.float32), np.empty(numbers, np.float32)
+    """A thread's columns, or samples, of some pixels, and strips of their output; the last tile reads beyond."""
+    if not n.kernel_groups:
+        return np.empty(0, np.float32), np.empty(0, np.float32)
+    _, kernel_groups, strip, count = _group_sizes(n)
+    columns = np.empty(n.pixels * n.taps * n.channels + LANES, np.float32)
+    return columns, np.empty(kernel_groups * count * n.pixels * strip, np.float32)
 
 
 def _run_dense(data):
@@ -787,7 +781,8 @@ def _forward_dense(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Size
 def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     groups, depthwise, (sizes, arrays) = arguments.metric_groups, _is_depthwise(arguments), _inputs(arguments)
     grad, batch = by_pixels(grad.detach()), len(grad)
-    sizes = _shared_out(sizes, batch, arguments.weight.numel() if into.weight is not None and not depthwise else 0)
+    filled = None if depthwise else _by_groups(arguments)
+    sizes = _shared_out(sizes, batch, 0 if filled is None or into.weight is None else filled.numel())
 
     def room(t: Optional[Tensor]) -> Tensor:
         if t is None:
@@ -800,11 +795,11 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     if into.x is not None and direct:
         grad_x = by_pixels(into.x).flatten().zero_()
     grad_source, grad_mask = room(into.source), room(into.mask)
-    if depthwise:
+    if filled is None:
         kernel, upstream = _depthwise_kernel(arguments), _in_registers(grad.float(), groups)
         grad_weight = torch.zeros(sizes.sets, sizes.taps, sizes.channels)
     else:
-        strips, upstream = _strips_in(_by_groups(arguments), sizes), grad.float()
+        strips, upstream = _strips_in(filled, sizes), grad.float()
         kernel, grad_weight = _flat(strips), torch.zeros(sizes.sets, *strips.shape)
     results = grad_x, grad_source, grad_mask, grad_weight[: 0 if into.weight is None else None]
     arrays = arrays._replace(weight=kernel, values=_flat(upstream))
@@ -831,7 +826,7 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
 def _shared_out(sizes: _Sizes, batch: int, gradient: int) -> _Sizes:
     """The units of a backward pass, two for each thread: sets of images first, then blocks of channels.
 
-    Every set has a gradient of the kernel, of so many numbers.
+    Every set has a gradient of the kernel, of so many numbers as it is filled up.
     """
     registers, wanted = sizes.channels // (sizes.metric_groups * LANES), 2 * torch.get_num_threads()
     sets = max(1, min(batch, wanted, GRADIENT_NUMBERS // max(1, gradient)))

@@ -55,9 +55,9 @@ class Gradients(NamedTuple):
 
 
 def with_far_corners(x: Tensor) -> Tensor:
-    """Images of one row or column with a second one of zeros: a sample's far corner then always exists."""
+    """Images of fewer than two rows or columns with more, of zeros: a sample's far corner then always exists."""
     if x.shape[2] < 2 or x.shape[3] < 2:
-        x = F.pad(x, (0, int(x.shape[3] < 2), 0, int(x.shape[2] < 2)))
+        x = F.pad(x, (0, max(0, 2 - x.shape[3]), 0, max(0, 2 - x.shape[2])))
     return x
 
 

@@ -60,8 +60,8 @@ def _operation(function: Callable, emit: Callable, result, *cases: tuple) -> Non
         lower_builtin(function, *case)(lower)
 
 
-def _filled(builder, number):
-    first = builder.insert_element(ir.Constant(_floats, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+def _filled(builder, number, vector=_floats):
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, first, ir.Constant(_ints, [0] * LANES))
 
 
@@ -106,6 +106,10 @@ def _total(builder, register):
     return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
 
 
+def zeros():
+    """Sixteen zeros."""
+
+
 def load(array, index):
     """Sixteen numbers of an array."""
 
@@ -144,6 +148,7 @@ _operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
 _operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
 _operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
 _operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
+_operation(zeros, lambda builder: ir.Constant(_floats, None), _register, ())
 _operation(spread, _spread, _register, (_array, numba.intp))
 _operation(larger, _choice(">"), _register, *_pairs)
 _operation(smaller, _choice("<"), _register, *_pairs)
@@ -169,7 +174,7 @@ WIDEST = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
 def _emit_tile(registers: int) -> Callable:
     """Emits out[row, column] += Σ_d a[row, d]·b[d, column] of a tile, d in a loop."""
 
-    def emit(builder, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+    def emit(builder, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
         integer = ir.IntType(64)
         columns = [ir.Constant(integer, LANES * i) for i in range(registers)]
         rows = [ir.Constant(integer, row) for row in range(ROWS)]
@@ -196,27 +201,34 @@ def _emit_tile(registers: int) -> Callable:
         d.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
         builder.position_at_end(after)
-        for place, value in zip(places, added, strict=True):
-            _store(builder, out, place, value)
+        # beyond the width a sum has zeros of a filled-up kernel times what may be infinite
+        limit = _filled(builder, builder.trunc(width, ir.IntType(32)), _ints)
+        lanes = [ir.Constant(_ints, list(range(LANES * i, LANES * (i + 1)))) for i in range(registers)]
+        within = [builder.icmp_signed("<", lane, limit) for lane in lanes] * ROWS
+        for place, inside, value, start in zip(places, within, added, sums, strict=True):
+            _store(builder, out, place, builder.select(inside, value, start))
 
     return emit
 
 
-def tile_1(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
-    """Adds a[4, depth]·b[depth, 16] to out[4, 16], parts of larger matrices; columns of out and b are neighbours."""
+def tile_1(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
+    """Adds a[4, depth]·b[depth, 16] to out[4, 16], but to no column from `width` on.
+
+    They are parts of larger matrices, at `at` and with steps of `row` and of `depth`; columns are neighbours.
+    """
 
 
-def tile_2(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+def tile_2(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
     """The same, 32 columns."""
 
 
-def tile_4(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth):
+def tile_4(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
     """The same, 64 columns."""
 
 
 _i = numba.int64
 for _registers, _tile in ((1, tile_1), (2, tile_2), (4, tile_4)):
-    _case = (_array, _i, _i, _array, _i, _i, _i, _array, _i, _i, _i)
+    _case = (_array, _i, _i, _array, _i, _i, _i, _array, _i, _i, _i, _i)
     _operation(_tile, _emit_tile(_registers), numba.types.none, _case)
 
 
