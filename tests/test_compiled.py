@@ -163,7 +163,7 @@ def test_threads_change_nothing(depthwise, monkeypatch):
         for key, value in results[0].items():
             if depthwise and key in ("out", "x"):
                 assert torch.equal(value, other[key]), key
-            else:  # blocks of channels and slabs differ, and with them the order of sums
+            else:  # blocks of channels and sets of images differ, and with them the order of sums
                 torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-4, msg=key)
 
 

@@ -1,4 +1,7 @@
-"""Registers of sixteen float32 numbers as a type of Numba, for the kernels of `compiled`."""
+"""Registers of sixteen float32 numbers as a type of Numba, for the kernels of `compiled`.
+
+After a change here `touch compiled.py`: Numba's cache on disk looks at the time of that file alone.
+"""
 
 import math
 import operator
