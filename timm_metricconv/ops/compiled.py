@@ -451,7 +451,7 @@ def _backward(first, last, n, a, samples, strips):
     """All gradients of the samples of some output pixels, unit by unit.
 
     A unit is a block of channels of a metric group in a set of images: it owns what it adds to, and adds pixel by
-    pixel. But in a depthwise layer `samples` are first the gradients of some pixels' samples and then these samples.
+    pixel. In a dense layer `samples` are first the gradients of some pixels' samples, and then these samples.
     """
     plan, line, groups, dense = _empty_plan(n.taps, True), n.width * n.channels, n.metric_groups, n.kernel_groups > 0
     run = n.channels // groups
