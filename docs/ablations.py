@@ -6,6 +6,8 @@ does the gain end?
 """
 
 import torch
+from timm.layers import LayerNorm2d
+from torch import nn
 
 from timm_metricconv import DeformConv2d, MetricConv2d
 from timm_metricconv.geometry import affine_fields
@@ -49,6 +51,12 @@ class BoundConv2d(MetricConv2d):
     def _predicted_frame(self, raw):
         own = super()._predicted_frame(raw)
         return own._replace(**frame_of(raw[..., :4], self.bound)._asdict())
+
+
+class ThirdConv2d(BoundConv2d):
+    """A bound of a third: it moves the outermost taps of a 7×7 kernel by the pixel that 0.95 moves those of a 3×3 one."""
+
+    bound = 0.32
 
 
 class FreeConv2d(BoundConv2d):
@@ -101,7 +109,38 @@ class LinearConv2d(PolynomialConv2d):
     degree = 1
 
 
+class _NormedDepthwise(nn.Conv2d):
+    def __init__(self, channels, *args, **kwargs):
+        super().__init__(channels, *args, **kwargs)
+        self.norm = LayerNorm2d(channels, device=kwargs["device"], dtype=kwargs["dtype"])
+
+    def forward(self, x):
+        return nn.functional.gelu(self.norm(super().forward(x)))
+
+
+class NormedPredictor:
+    """A separable predictor with a norm and an activation between its two convolutions, as DCNv3 has them."""
+
+    def _make_predictor(self, channels, dd):
+        self.separable_predictor = True
+        depthwise, pointwise = super()._make_predictor(channels, dd)
+        same = {name: getattr(depthwise, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
+        channels = depthwise.in_channels
+        return nn.Sequential(_NormedDepthwise(channels, channels, **same, bias=False, **dd), pointwise)
+
+
+class NormedMetricConv2d(NormedPredictor, MetricConv2d):
+    """The metric convolution with that predictor."""
+
+
+class NormedDeformConv2d(NormedPredictor, DeformConv2d):
+    """The deformable convolution with that predictor."""
+
+
 LAYERS |= {
+    "metric-normed": NormedMetricConv2d,
+    "deform-normed": NormedDeformConv2d,
+    "frame-0.32": ThirdConv2d,
     "wind-0.5": HalfWindConv2d,
     "wind-1": WindConv2d,
     "wind-2": Wind2Conv2d,
