@@ -23,8 +23,9 @@ def read(path):
         return {tuple(row[key] for key in CELL): row for row in csv.DictReader(file)}
 
 
-def by_seed(row, score="top1"):
-    return dict(zip(row["seeds"].split(), map(float, row[score].split()), strict=True))
+def by_seed(row):
+    score = row["dice"] if "dice" in row else row["top1"]
+    return dict(zip(row["seeds"].split(), map(float, score.split()), strict=True))
 
 
 def difference(ours, theirs):
