@@ -54,7 +54,7 @@ class BoundConv2d(MetricConv2d):
 
 
 class ThirdConv2d(BoundConv2d):
-    """A bound of a third: it moves the outermost taps of a 7×7 kernel by the pixel that 0.95 moves those of a 3×3 one."""
+    """A bound of a third moves the outermost taps of a 7×7 kernel by the pixel that 0.95 moves those of a 3×3 one."""
 
     bound = 0.32
 
