@@ -1,6 +1,7 @@
 """What the documentation's tables say beyond one comparison. From the repository's root:
 
-python results/tables.py merge results/FILE.csv SUMMARY.csv...  rows of comparisons into a file, newer in place of older
+python results/tables.py merge results/FILE.csv SUMMARY.csv...  rows of comparisons into a file: newer in place of older,
+                                                                or added to it where the seeds are others
 python results/tables.py difference FILE:CONV FILE:CONV          the paired difference of two results, 95 % interval
 python results/tables.py rates TASK                              results/TASK-rates.csv: each convolution's rates
 """
@@ -15,6 +16,7 @@ from timm_metricconv.recipes.report import csv_text, write_atomic
 
 RATES = ("0.03", "0.1", "0.3", "1.0", "3.0")
 CELL = ("conv", "init", "kernel")
+SCORES = {"top1", "top5", "dice", "iou"}
 ORDER = ("standard", "shifted", "deform", "deform-bounded", "metric", "metric-rays")  # others follow as they come
 
 
@@ -35,11 +37,23 @@ def difference(ours, theirs):
     return paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
 
+def joined(old, new):
+    """The row of both, if no seed is in both, or else the newer one."""
+    if set(old["seeds"].split()) & set(new["seeds"].split()):
+        return new
+    row = new | {"seeds": f"{old['seeds']} {new['seeds']}"}
+    for score in SCORES & new.keys():
+        row[score] = f"{old[score]} {new[score]}"
+        values = [float(value) for value in row[score].split()]
+        row |= {f"{score}_mean": statistics.mean(values), f"{score}_std": statistics.stdev(values)}
+    return row
+
+
 def merge(target, *summaries):
     """Each row's differences to the rows `standard` and `metric` of the same start and kernels are made anew."""
     rows = read(target) if Path(target).exists() else {}
     for summary in summaries:
-        rows |= read(summary)
+        rows |= {cell: joined(rows[cell], row) if cell in rows else row for cell, row in read(summary).items()}
     for (conv, *rest), row in rows.items():
         row.pop("vs_standard", None)  # of a comparison without the standard convolution
         for base in ("standard", "metric"):

@@ -154,6 +154,15 @@ def test_tables(tmp_path, monkeypatch):
     assert list(merged) == ["standard", "deform", "metric"] and merged["metric"]["top1"] == "2.0 4.0"
     assert float(merged["metric"]["vs_standard.difference"]) == 1.5 and not merged["standard"]["vs_standard.low"]
     assert float(merged["deform"]["vs_metric.difference"]) == 2.5
+    file = Path("results/new.csv")
+    file.write_text(file.read_text().replace("0 1", "7 8"))
+    tables["merge"]("results/t-rate-0.1.csv", "results/new.csv")
+    metric = rows("t-rate-0.1.csv")["metric"]
+    assert (metric["seeds"], metric["top1"], float(metric["top1_mean"])) == ("0 1 7 8", "2.0 4.0 2.0 4.0", 3)
+    tables["merge"]("results/t-rate-0.1.csv", "results/new.csv")
+    assert rows("t-rate-0.1.csv")["metric"]["seeds"] == "7 8"
+    write("new.csv", metric=[2.0, 4.0])
+    tables["merge"]("results/t-rate-0.1.csv", "results/new.csv")
     write("t-rate-1.0.csv", metric=[4.0, 5.0])
     tables["rates"]("t")
     (metric,) = rows("t-rates.csv").values()
