@@ -1,7 +1,7 @@
 """What the documentation's tables say beyond one comparison. From the repository's root:
 
-python results/tables.py merge results/FILE.csv SUMMARY.csv...  rows of comparisons into a file, newer in place of older,
-                                                                or added to it where the seeds are others
+python results/tables.py merge results/FILE.csv SUMMARY.csv...  rows of comparisons into a file: newer in place of old,
+                                                                or added to them where the seeds are others
 python results/tables.py difference FILE:CONV FILE:CONV          the paired difference of two results, 95 % interval
 python results/tables.py rates TASK                              results/TASK-rates.csv: each convolution's rates
 """
