@@ -94,19 +94,22 @@ class _Sizes(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """What kernels read and write, flat and in float32; of length 0 where there is none, or it is not wanted."""
+    """What kernels read and write, flat and in float32; of length 0 where there is none, or it is not wanted.
 
-    x: np.ndarray  # [B, height, width, channels]
-    source: np.ndarray
-    mask: np.ndarray
-    points: np.ndarray  # [K, 2] the pattern's points
-    weight: np.ndarray  # [K, channels] of a depthwise layer; else `_strips_out` of it, or `_strips_in` to go back
-    bias: np.ndarray  # [channels] of a depthwise layer, else [C_out]
-    values: np.ndarray  # the output, or the gradient of it
-    grad_x: np.ndarray  # as x, begins at 0
-    grad_source: np.ndarray  # [blocks, B, H_out, W_out, ...]
-    grad_mask: np.ndarray  # [blocks, B, H_out, W_out, G·K]
-    grad_weight: np.ndarray  # [sets, ...] as weight; begins at 0
+    Tensors outside the kernels, arrays inside.
+    """
+
+    x: Any  # [B, height, width, channels]
+    source: Any
+    mask: Any
+    points: Any  # [K, 2] the pattern's points
+    weight: Any  # [K, channels] of a depthwise layer; else `_strips_out` of it, or `_strips_in` to go back
+    bias: Any  # [channels] of a depthwise layer, else [C_out]
+    values: Any  # the output, or the gradient of it
+    grad_x: Any  # as x, begins at 0
+    grad_source: Any  # [blocks, B, H_out, W_out, ...]
+    grad_mask: Any  # [blocks, B, H_out, W_out, G·K]
+    grad_weight: Any  # [sets, ...] as weight; begins at 0
 
 
 class _Plan(NamedTuple):
@@ -616,7 +619,7 @@ def _work(function: Callable, total: int, step: int, sizes: _Sizes, arrays: _Arr
     """Has `range(total)` worked off in pieces of `step`, by as many threads as torch has where there is enough."""
     numbers = [0, total, step, *sizes]
     for array in arrays:
-        numbers += [array.ctypes.data, array.size]
+        numbers += [array.data_ptr(), array.numel()]
     call, code = np.array(numbers, np.int64), _machine_code(function)
     threads, parallel = min(torch.get_num_threads(), -(-total // step)), _torch_threads()
     if threads <= 1:
@@ -630,19 +633,20 @@ def _work(function: Callable, total: int, step: int, sizes: _Sizes, arrays: _Arr
 
 # --- between torch and the kernels -----------------------------------------------------------------------------------
 
-NOTHING = np.empty(0, np.float32)
+NOTHING = torch.empty(0)
 
 
-def _flat(t: Tensor) -> np.ndarray:
-    return t.detach().contiguous().view(-1).numpy()
+def _flat(t: Tensor) -> Tensor:
+    # no `numpy()`: it would pin a parameter's storage, which FSDP resizes
+    return t.detach().contiguous().view(-1)
 
 
-def _planes(t: Tensor) -> Tuple[np.ndarray, Tuple[int, int, int]]:
+def _planes(t: Tensor) -> Tuple[Tensor, Tuple[int, int, int]]:
     """`[B, ..., H, W]` as it lies in memory, and the strides of images, of a pixel's numbers and of pixels."""
     t = t.detach().float().flatten(1, -3).flatten(2)
     reach = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
     images, numbers, pixels = t.stride()
-    return t.as_strided((reach,), (1,)).numpy(), (images, numbers, pixels)
+    return t.as_strided((reach,), (1,)), (images, numbers, pixels)
 
 
 def _filled_up(t: Tensor) -> Tensor:
@@ -702,7 +706,7 @@ def _is_depthwise(arguments: Arguments) -> bool:
     return arguments.weight.shape[:2] == (arguments.groups, 1)
 
 
-def _depthwise_kernel(arguments: Arguments) -> np.ndarray:
+def _depthwise_kernel(arguments: Arguments) -> Tensor:
     """[K, channels]."""
     return _flat(_in_registers(arguments.weight.flatten(1).t().float(), arguments.metric_groups))
 
