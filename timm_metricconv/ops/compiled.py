@@ -768,13 +768,8 @@ def _forward_depthwise(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _
 
 def _forward_dense(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Sizes, arrays: _Arrays) -> None:
     kernel, values = _flat(_strips_out(_by_groups(arguments), sizes)), out.float()
-    _work(
-        _run_dense,
-        len(out),
-        sizes.pixels,
-        sizes,
-        arrays._replace(weight=kernel, bias=_flat(bias), values=_flat(values)),
-    )
+    arrays = arrays._replace(weight=kernel, bias=_flat(bias), values=_flat(values))
+    _work(_run_dense, len(out), sizes.pixels, sizes, arrays)
     if values is not out:
         out.copy_(values)
 
@@ -798,14 +793,14 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
     grad_x = torch.zeros(0 if into.x is None or direct else len(arrays.x))
     if into.x is not None and direct:
         grad_x = by_pixels(into.x).flatten().zero_()
-    grad_source, grad_mask = room(into.source), room(into.mask)
+    grad_source, grad_mask, sets = room(into.source), room(into.mask), 0 if into.weight is None else sizes.sets
     if filled is None:
         kernel, upstream = _depthwise_kernel(arguments), _in_registers(grad.float(), groups)
-        grad_weight = torch.zeros(sizes.sets, sizes.taps, sizes.channels)
+        grad_weight = torch.zeros(sets, sizes.taps, sizes.channels)
     else:
         strips, upstream = _strips_in(filled, sizes), grad.float()
-        kernel, grad_weight = _flat(strips), torch.zeros(sizes.sets, *strips.shape)
-    results = grad_x, grad_source, grad_mask, grad_weight[: 0 if into.weight is None else None]
+        kernel, grad_weight = _flat(strips), torch.zeros(sets, *strips.shape)
+    results = grad_x, grad_source, grad_mask, grad_weight
     arrays = arrays._replace(weight=kernel, values=_flat(upstream))
     arrays = _Arrays(*arrays[:7], *map(_flat, results))
     _work(_run_backward, sizes.blocks * sizes.sets * groups, 1, sizes, arrays)
