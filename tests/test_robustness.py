@@ -412,7 +412,7 @@ def test_full_disk_leaves_the_previous_checkpoint(recipes, tmp_path, mount):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
-    config = tiny(recipes, tmp_path / "run", epochs=100, workers=workers)
+    config = tiny(recipes, tmp_path / "run", epochs=100_000, workers=workers)  # it never ends by itself
     names = ("model", "data", "input_size", "batch_size", "epochs", "workers", "output")
     arguments = [f"--{name}={getattr(config, name)}" for name in names]
     arguments += [f"--model_args.{key}={value}" for key, value in config.model_args.items()]
