@@ -28,7 +28,6 @@ def ray_positions(metric: Metric, points: Tensor, eps: float = 0.0) -> Tensor:
 
     Source: Dagès, Lindenbaum, Bruckstein, Metric Convolutions (ICCV 2025), section 3.
     """
-    stretch = (randers(directions_of(points[-1]), metric) + eps).reciprocal()[:, :, :, :, None]
-    # a plane for x and one for y: a trailing dimension of 2 would be slow
-    planes = torch.stack((stretch * points[..., 0], stretch * points[..., 1]))
-    return planes.flatten(4).permute(1, 4, 0, 2, 3)
+    stretch = (randers(directions_of(points[-1]), metric) + eps).reciprocal().permute(0, 3, 4, 1, 2)
+    # planes, which neighbouring pixels share: a trailing dimension of 2 would be slow
+    return (stretch[:, :, None, :, None] * points[:, :, :, None, None]).flatten(1, 3)

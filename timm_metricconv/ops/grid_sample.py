@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import sampling_points
+from .reference import centres_of
 from .samples import Samples, metric_groups_of, place
 
 
@@ -28,13 +28,14 @@ def grid_sample_conv2d(
     """`ball_conv2d_reference`, fast for few channels."""
     taps = weight.flatten(2).unflatten(0, (groups, -1))
     metric_groups = metric_groups_of(samples, taps.shape[-1])
-    points = sampling_points(place(samples), weight, stride, padding, dilation).permute(0, 3, 1, 2, 4)
+    positions = place(samples)
     # grid_sample's coordinates run from −1 to 1. They are exact on pixels where the size is a power of two, and a pixel
     # must stay one: the interpolation has another slope on its other side. A square needs one scale for x and y.
     size = 1 << (max(x.shape[2], x.shape[3]) - 1).bit_length()
-    image = F.pad(x.to(points.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
+    image = F.pad(x.to(positions.dtype), (0, size - x.shape[3], 0, size - x.shape[2]))
     image = image.unflatten(1, (metric_groups, x.shape[1] // metric_groups))
-    grid = points * (2 / size) + (1 / size - 1)
+    centres = centres_of(positions, weight, stride, padding, dilation) * (2 / size) + (1 / size - 1)
+    grid = torch.add(centres, positions, alpha=2 / size).permute(0, 1, 3, 4, 2)
     # Each tap is an image of the batch for grid_sample, whose threads share out the batch; a view where x is one image.
     image = image[:, :, None].expand(-1, -1, taps.shape[-1], -1, -1, -1).flatten(0, 2)
     read = F.grid_sample(image, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)

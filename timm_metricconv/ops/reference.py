@@ -18,10 +18,8 @@ def first_centre(weight: Tensor, padding: List[int], dilation: List[int]) -> Tup
     return dilation[0] * (rows - 1) / 2 - padding[0], dilation[1] * (columns - 1) / 2 - padding[1]
 
 
-def sampling_points(
-    positions: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]
-) -> Tensor:
-    """Positions relative to kernel centres → coordinates in the image, `[B, H_out, W_out, G·K, 2]` as (x, y).
+def centres_of(positions: Tensor, weight: Tensor, stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+    """Centres of the kernel's receptive fields, `[2, H_out, W_out]` as (x, y) in pixels of the image.
 
     Args:
         positions: `[B, G·K, 2, H_out, W_out]`.
@@ -34,8 +32,7 @@ def sampling_points(
     top, left = first_centre(weight, padding, dilation)
     y = torch.arange(height, device=positions.device) * stride[0] + top
     x = torch.arange(width, device=positions.device) * stride[1] + left
-    centres = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1).to(positions.dtype)
-    return positions.permute(0, 3, 4, 1, 2) + centres[:, :, None]
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width))).to(positions.dtype)
 
 
 def ball_conv2d_reference(
@@ -51,7 +48,8 @@ def ball_conv2d_reference(
 ) -> Tensor:
     """out = bias + Σ_j W_j · m_j · f(centre + y_j). Arguments and shapes are `ball_conv2d`'s, pairs are written out."""
     batch, channels, height, width = x.shape
-    points = sampling_points(place(samples), weight, stride, padding, dilation)
+    positions = place(samples)
+    points = (positions + centres_of(positions, weight, stride, padding, dilation)).permute(0, 3, 4, 1, 2)
     taps = weight.flatten(2).shape[2]
     # a row of the table is one pixel of one metric group
     metric_groups = points.shape[3] // taps
