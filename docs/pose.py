@@ -1,7 +1,8 @@
 """Shapes of known pose: does the geometry that a network predicts turn with the shape?
 
 python docs/pose.py make FOLDER draws the shapes (`pip install ".[data]"`), as an image folder whose classes are shapes;
-python docs/pose.py measure RUN... CSV reads how each layer of trained networks answers.
+python docs/pose.py measure RUN... CSV reads how each layer of trained networks answers;
+python docs/pose.py draw RUN PICTURE.png draws how the layer that answers best does.
 """
 
 import csv
@@ -71,19 +72,26 @@ def alignment(axis, angles, labels):
     return float(torch.stack(resultants).mean())
 
 
+def answers(run):
+    """Of a run's network: its configuration, the images and what they show, and the axes that each layer answers."""
+    config = build(TrainConfig, read_yaml(Path(run, "config.yaml")))
+    model = create_model(f"local-dir:{run}/model", {}, pretrained=True)
+    dataset = make_datasets(config)[1]
+    loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    degrees = [float(Path(file).stem.split("_")[1]) for file in dataset.files]
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    found = axes(model, images)
+    return config, images, labels, angles, found
+
+
 def measure(*runs, output):
     """A row for each run and layer: the alignment, and what shuffled angles give in 19 of 20 cases at the most."""
     rows = []
     for run in runs:
-        config = build(TrainConfig, read_yaml(Path(run, "config.yaml")))
-        model = create_model(f"local-dir:{run}/model", {}, pretrained=True)
-        dataset = make_datasets(config)[1]
-        loader = make_loader(config, dataset, model.pretrained_cfg, train=False)
-        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        names = [Path(file).stem for file in dataset.files]
-        angles = torch.tensor([math.radians(float(name.split("_")[1])) for name in names], dtype=torch.float64)
+        config, _, labels, angles, found = answers(run)
         generator = torch.Generator().manual_seed(0)
-        for layer, axis in axes(model, images).items():
+        for layer, axis in found.items():
             anisotropy, axis = math.exp(float(axis.abs().mean())), axis - axis.mean()  # a fixed axis is no answer
             chance = [
                 alignment(axis, angles[torch.randperm(len(angles), generator=generator)], labels) for _ in range(200)
@@ -104,9 +112,36 @@ def measure(*runs, output):
         writer.writerows(rows)
 
 
+def draw(run, path, shapes=4, of_each=6):
+    """The layer's axis over some pictures of each shape, and in all of them against the shape's angle."""
+    import matplotlib.pyplot as plt
+
+    _, images, labels, angles, found = answers(run)
+    moving = {layer: axis - axis.mean() for layer, axis in found.items()}
+    layer = max(moving, key=lambda layer: alignment(moving[layer], angles, labels))
+    axis, half = moving[layer].angle() / 2, images.shape[-1] / 2
+    figure = plt.figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(of_each, 6))
+    grid, plot = left.subplots(shapes, of_each), right.subplots()
+    for label, row in enumerate(grid):
+        shown = (labels == label).nonzero()[:, 0]
+        for i, picture in zip(shown, row, strict=False):
+            picture.imshow(images[i].mean(0), cmap="gray")
+            x, y = 0.6 * half * torch.cos(axis[i]), 0.6 * half * torch.sin(axis[i])
+            picture.plot((half - x, half + x), (half - y, half + y), color="#d55e00", linewidth=2)
+            picture.axis("off")
+        plot.scatter(angles[shown].rad2deg() % 180, axis[shown].rad2deg() % 180, s=12, label=f"shape {label + 1}")
+    left.suptitle(f"axes of {layer}")
+    plot.set(xlabel="angle of the shape, degrees (mod 180)", ylabel="angle of the axis, degrees (mod 180)")
+    plot.legend()
+    figure.savefig(path, dpi=80)
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "make":
         make(*arguments)
+    elif command == "draw":
+        draw(*arguments)
     else:
         measure(*arguments[:-1], output=arguments[-1])
