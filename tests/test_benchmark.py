@@ -36,7 +36,7 @@ def test_layers(tmp_path, dtype):
     assert records == json.loads(output.read_text()) and set(records[0]) >= KEYS
     peers = {(record["peer"], record["backend"]) for record in records}
     runnable = {name for name in BACKENDS if why_not_on("cpu", name) is None}
-    assert {backend for peer, backend in peers if peer == "metric"} == runnable >= {"gather", "reference"}
+    assert {backend for peer, backend in peers if peer == "metric"} == runnable >= {"compiled", "reference"}
     assert {record["direction"] for record in records} == {"forward", "forward_backward"}
     for record in records:
         assert all(math.isfinite(record[key]) and record[key] > 0 for key in KEYS if isinstance(record[key], float))
@@ -47,13 +47,13 @@ def test_layers(tmp_path, dtype):
 def test_depthwise_layers(monkeypatch):
     """As ConvNeXt has them: 7×7, a ball for every 16 channels, separable predictors."""
     monkeypatch.setattr(module, "DEPTHWISE_SHAPES", ((32, 6),))
-    records = benchmark(BenchmarkConfig(what="depthwise", batch=2, repeats=1, backends=["gather"]))
+    records = benchmark(BenchmarkConfig(what="depthwise", batch=2, repeats=1, backends=["compiled"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}
     assert {record["shape"] for record in records} == {"7x7 depthwise 2x32x6x6"}
 
 
 def test_models():
-    records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["gather"]))
+    records = benchmark(BenchmarkConfig(what="model", models=["test_resnet"], repeats=1, backends=["compiled"]))
     assert {record["peer"] for record in records} == {"conv2d", "torchvision_deform", *module.OURS}
     assert {record["shape"] for record in records} == {"test_resnet 2x3x8x8"}
 
@@ -61,9 +61,9 @@ def test_models():
 def test_timm_csv(tmp_path, monkeypatch):
     """timm's columns, our names beside the standard one; rows of the same network are replaced, others kept."""
     monkeypatch.setattr(module, "MODEL_SHAPES", (("imagenet", (2, 3, 32, 32)),))
-    config = BenchmarkConfig(what="model", models=["test_resnet"], backends=["gather"], csv=str(tmp_path))
+    config = BenchmarkConfig(what="model", models=["test_resnet"], backends=["compiled"], csv=str(tmp_path))
     names = ("deform", "shifted", "metric", "metric-geodesic")  # the last one is no name of timm's
-    peers = {"conv2d": "torch", **dict.fromkeys(names, "gather")}
+    peers = {"conv2d": "torch", **dict.fromkeys(names, "compiled")}
     base = {"shape": "test_resnet 2x3x32x32"}
     records = [
         {**base, "peer": peer, "backend": backend, "direction": direction, "median_ms": ms * (1 + number)}
@@ -94,7 +94,7 @@ def test_timm_csv(tmp_path, monkeypatch):
 def test_ratios_csv(tmp_path, monkeypatch):
     """A row for each shape, a column for each number; the backends that are not preferred are left out."""
     monkeypatch.setattr(module, "LAYER_SHAPES", ((4, 6), (8, 5)))
-    config = BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["gather", "torchvision"])
+    config = BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["compiled", "torchvision"])
     records = benchmark(config)
     config.csv = str(tmp_path)
     write_ratios_csv(config, records)
@@ -119,18 +119,18 @@ def test_counts_are_timms():
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
-    gather = BACKENDS["gather"]
-    wrong = gather._replace(function=lambda *arguments: gather.function(*arguments) * 1.01)
-    monkeypatch.setitem(BACKENDS, "gather", wrong)
+    row = BACKENDS["compiled"]
+    wrong = row._replace(function=lambda *arguments: row.function(*arguments) * 1.01)
+    monkeypatch.setitem(BACKENDS, "compiled", wrong)
     with pytest.raises(RuntimeError, match="off the reference"):
-        benchmark(BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["gather"]))
+        benchmark(BenchmarkConfig(batch=2, repeats=1, stride=[1], backends=["compiled"]))
 
 
 def test_refusals():
     with pytest.raises(ConfigError, match="'grid' cannot run on device='cpu': because"):
-        BACKENDS["grid"] = BACKENDS["gather"]._replace(why_not=lambda *call: "because")
+        BACKENDS["grid"] = BACKENDS["compiled"]._replace(why_not=lambda *call: "because")
         try:
-            benchmark(BenchmarkConfig(backends=["gather", "grid"]))
+            benchmark(BenchmarkConfig(backends=["compiled", "grid"]))
         finally:
             del BACKENDS["grid"]
     with pytest.raises(ConfigError, match=r"models: expected some of .*resnet18"):

@@ -18,11 +18,11 @@ def few(monkeypatch, *names):
 
 
 def test_what_agrees_passes_and_the_exit_status_says_so(monkeypatch, capsys):
-    few(monkeypatch, "gather", "reference", "triton")
+    few(monkeypatch, "compiled", "reference", "triton")
     monkeypatch.setattr("sys.argv", ["timm_metricconv", "--check"])
     assert main() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " on cpu: " in line]
-    assert [line.split()[0] for line in lines] == ["gather", "reference", "triton"]
+    assert [line.split()[0] for line in lines] == ["compiled", "reference", "triton"]
     assert "agrees" in lines[0] and "in float32" in lines[0] and "times nn.Conv2d" in lines[0]
     assert "does not run: it is written for GPUs" in lines[2] or "agrees" in lines[2]
 
@@ -40,13 +40,13 @@ def test_what_agrees_passes_and_the_exit_status_says_so(monkeypatch, capsys):
     ],
 )
 def test_what_is_wrong_is_named(spoil, verdict, monkeypatch):
-    few(monkeypatch, "gather", "reference")
-    row = BACKENDS["gather"]
+    few(monkeypatch, "compiled", "reference")
+    row = BACKENDS["compiled"]
 
     def spoilt(x, samples, weight, *others):
         return spoil(row.function(x, samples, weight, *others), x, weight)
 
-    monkeypatch.setitem(BACKENDS, "gather", row._replace(function=spoilt))
+    monkeypatch.setitem(BACKENDS, "compiled", row._replace(function=spoilt))
     verdicts = {v.backend: v for v in module.check(["cpu"])}
-    assert not verdicts["gather"].passed and verdicts["gather"].text.startswith(verdict)
+    assert not verdicts["compiled"].passed and verdicts["compiled"].text.startswith(verdict)
     assert verdicts["reference"].passed

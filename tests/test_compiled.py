@@ -12,9 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from timm_metricconv.geometry import PATTERNS
-from timm_metricconv.ops import BACKENDS, Samples, ball_conv2d
+from timm_metricconv.ops import Samples, ball_conv2d, compiled
 
-compiled = pytest.importorskip("timm_metricconv.ops.compiled", reason="needs numba")
 ROOT = Path(__file__).parent.parent
 
 
@@ -280,13 +279,13 @@ def test_works_in_a_fork_of_a_process_that_has_used_it(threads, monkeypatch):
         assert torch.equal(out, expected)
 
 
-def test_imports_without_numba():
-    code = (
-        "import sys; sys.modules['numba'] = None; import torch; from timm_metricconv.ops import BACKENDS, ball_conv2d;"
-    )
-    code += "x = torch.ones(1, 2, 3, 3);"
-    code += "assert BACKENDS['compiled'].why_not(x, x, x, 1) == 'numba is not installed, or fails here';"
-    code += "print(ball_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 2, 3, 3), torch.ones(1, 2, 1, 1)).sum())"
+def test_torchvision_computes_without_numba():
+    code = "import sys; sys.modules['numba'] = None; import torch; from timm_metricconv.ops import dispatch;"
+    code += "x, positions, weight = torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 2, 3, 3), torch.ones(1, 2, 1, 1);"
+    code += "reason = dispatch.BACKENDS['compiled'].why_not(x, positions, weight, 1);"
+    code += "assert reason == 'numba is not installed, or fails here';"
+    code += "assert dispatch.choose(x, positions, weight, 1) == 'torchvision';"
+    code += "print(dispatch.ball_conv2d(x, positions, weight).sum())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "18" in done.stdout
 
@@ -297,7 +296,3 @@ def test_imports_where_nothing_can_be_written():
     code += "from timm_metricconv.ops import compiled;"
     code += "assert compiled._machine_code(compiled._run_dense).address"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_is_the_default_on_a_cpu():
-    assert next(iter(BACKENDS)) == "compiled"

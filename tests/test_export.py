@@ -254,7 +254,7 @@ def in_new_process(code: str, *arguments) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_aoti_package_runs_in_a_fresh_process(backend, tmp_path):
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("AOTInductor needs a C++ compiler")
@@ -270,7 +270,7 @@ def test_aoti_package_runs_in_a_fresh_process(backend, tmp_path):
         "torch.save([run(image) for image in torch.load(sys.argv[2])], sys.argv[3]);"
         "assert 'timm' not in sys.modules and 'timm_metricconv' not in sys.modules"
     )
-    if backend == "gather":  # an operator of this package
+    if backend == "compiled":  # an operator of this package
         code = f"import timm_metricconv;{code.partition('assert')[0]}"
     in_new_process(code, tmp_path / "model.pt2", tmp_path / "images.pt", tmp_path / "result.pt")
     for image, result in zip(images, torch.load(tmp_path / "result.pt"), strict=True):
@@ -282,7 +282,7 @@ def test_the_fast_operator_stays_in_a_program_that_is_not_portable(saved, tmp_pa
     export(ExportConfig(model=name, format="export", output=str(path), image_size=48, portable=False, time=True))
     assert re.search(r"^export [\d.]+ ms, network [\d.]+ ms .*times$", capsys.readouterr().out, re.MULTILINE)
     program = torch.export.load(path)
-    fast = [node for node in program.graph.nodes if str(node.target) == "timm_metricconv.gather_conv2d.default"]
+    fast = [node for node in program.graph.nodes if str(node.target) == "timm_metricconv.compiled_conv2d.default"]
     model = timm.create_model(name, pretrained=True).eval()
     assert len(fast) == sum(isinstance(m, BallConv2d) for m in model.modules())
     image = torch.randn(3, 3, 50, 61)

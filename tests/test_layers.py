@@ -65,7 +65,7 @@ def test_signatures_are_written_out(name):
         "metric_groups": 2,
         "modulated": True,
     }
-    values |= {"separable_predictor": True, "fixed_kernel": True, "init": "paper", "backend": "gather"}
+    values |= {"separable_predictor": True, "fixed_kernel": True, "init": "paper", "backend": "torchvision"}
     layer = LAYERS[name](4, 6, 5, **values, bias=False, dtype=torch.float64)
     assert all(getattr(layer, key) == value for key, value in values.items())
     assert layer.bias is None and layer.weight.shape == (6, 2, 5, 5) and layer.weight.dtype == torch.float64
@@ -448,7 +448,7 @@ def test_papers_start_of_the_kernel_and_of_offsets(variant):
         ({"metric_groups": 3}, "metric_groups=3.*in_channels=4"),
         ({"modulated": "softmax"}, "modulated='softmax'.*'unbounded'"),
         ({"init": "kaiming"}, "init='kaiming'.*identity, paper"),
-        ({"backend": "cudnn"}, "backend='cudnn'.*gather"),
+        ({"backend": "cudnn"}, "backend='cudnn'.*torchvision"),
     ],
 )
 @pytest.mark.parametrize("layer", LAYERS.values())

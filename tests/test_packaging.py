@@ -118,8 +118,7 @@ def test_imports_go_one_way():
 
 
 def test_core_imports_what_it_declares():
-    """And what the one optional backend needs."""
-    assert imports(*sources(outer=False)) == names(requirements()) | names(requirements("fast"))
+    assert imports(*sources(outer=False)) == names(requirements())
 
 
 def test_recipes_import_what_an_extra_declares():

@@ -40,7 +40,7 @@ COMMON = {
     "modulated": st.booleans(),
     "fixed_kernel": st.booleans(),
     "init": st.sampled_from(["identity", "paper"]),
-    "backend": st.sampled_from([None, None, "gather", "torchvision", "grid_sample", "reference"]),
+    "backend": st.sampled_from([None, None, "torchvision", "grid_sample", "reference"]),
     "dtype": st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]),
 }
 OF_METRIC = {
@@ -151,7 +151,7 @@ def bent(kind, **arguments):
     return layer
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["compiled", "gather", "torchvision", "grid_sample", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["compiled", "torchvision", "grid_sample", "reference"])
 
 
 @KINDS

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .gather import gather_conv2d
 from .grid_sample import grid_sample_conv2d
 from .reference import ball_conv2d_reference
 from .samples import FIELDS, Samples, metric_groups_of
@@ -17,7 +16,7 @@ from .triton_fused import why_not as _triton_why_not
 
 try:
     from .compiled import compiled_conv2d
-except Exception:  # Numba is optional, and a broken installation of it must not break this import
+except Exception:  # a broken installation of Numba must not break this import
     compiled_conv2d = None  # type: ignore[assignment]
 
 IntPair = Union[int, Sequence[int]]
@@ -42,10 +41,6 @@ def _compiled_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) ->
         return "numba is not installed, or fails here"
     if torch.float64 in (x.dtype, source.dtype):
         return "it computes in float32, and the call is in float64"
-    return _gather_why_not(x, source, weight, groups)
-
-
-def _gather_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
     return _crossed(source, weight, groups) if x.device.type == "cpu" else "it is written for the CPU"
 
 
@@ -70,7 +65,6 @@ def _never(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[s
 # (`python -m timm_metricconv --check` tells whether it may).
 BACKENDS: Dict[str, Backend] = {
     "compiled": Backend(compiled_conv2d, _compiled_why_not),
-    "gather": Backend(gather_conv2d, _gather_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
     "reference": Backend(ball_conv2d_reference, _never),
     "grid_sample": Backend(grid_sample_conv2d, _never),

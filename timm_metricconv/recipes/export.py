@@ -21,7 +21,7 @@ from .network import adaptive_layers, check_images, create_model, load_checkpoin
 # DeformConv came with 19.
 MIN_OPSET, MIN_OPSET_DEFORM = 18, 19
 # The backend in a program that is not portable: ONNX has torchvision's operator, and torch finds ours in this package.
-FAST = {"onnx": "torchvision", "export": "gather", "aoti": "gather"}
+FAST = {"onnx": "torchvision", "export": "compiled", "aoti": "compiled"}
 SUFFIX = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
 
 
