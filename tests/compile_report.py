@@ -195,6 +195,7 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
         empty(BATCH, CHANNELS, SIZE, SIZE, dtype=dtype),
         empty(BATCH, *((metric_groups * 6,) if variant.affine else (metric_groups * K * K, 2)), SIZE, SIZE),
         empty(CHANNELS, CHANNELS // groups, K, K, dtype=dtype),
+        empty(CHANNELS, dtype=dtype),
         empty(BATCH, metric_groups * K * K, SIZE, SIZE) if variant.mask else None,
         [1, 1],
         [1, 1],
@@ -203,10 +204,10 @@ def compile_kernels(arch: str, dtype: torch.dtype, variant: Variant, backward: b
         empty(K * K, 2) if variant.affine else None,
     )
     compiler = Compiler(arch)
-    out = empty_output(*arguments[:3])
-    forward(arguments, empty(CHANNELS, dtype=dtype), out, compiler)
+    out = empty_output(arguments)
+    forward(arguments, out, compiler)
     if backward:
-        into = Gradients(*empty_gradients(*arguments[:4], True, True, True))
+        into = Gradients(*empty_gradients(arguments, True, True, True))
         gradients(arguments, out, into if variant.mask else into._replace(mask=None), compiler)
     described = {"dtype": str(dtype).removeprefix("torch."), "variant": str(variant)}
     prefix = "depthwise_" if variant.depthwise else ""

@@ -642,7 +642,7 @@ def test_opcheck(case, backend, affine):
     x, source, weight, _, mask = (None if t is None else t.detach() for t in leaves.values())
     grad = torch.randn_like(forward(x, source, weight, None, mask, *tail, points))
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        arguments = (grad, x, source, weight, mask, *tail, *needs, points)
+        arguments = (grad, *needs, x, source, weight, None, mask, *tail, points)
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -268,7 +268,7 @@ def test_registration(affine, c_out):
     x, source, weight, _, mask = (t.detach() for t in leaves.values())
     grad = torch.randn(1, c_out, *source.shape[-2:], device=DEVICE)
     for needs in ((True, True, True), (False, False, True)):
-        call = (grad, x, source, weight, mask, *pairs, groups, *needs, *points)
+        call = (grad, *needs, x, source, weight, None, mask, *pairs, groups, *points)
         torch.library.opcheck(ops.triton_conv2d_backward.default, call, test_utils=fake)
 
 

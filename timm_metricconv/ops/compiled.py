@@ -86,11 +86,12 @@ class _Sizes(NamedTuple):
     kernel_groups: int  # none in a depthwise layer
     out_channels: int
     shared: int  # channels in both a metric group and a kernel group
-    strip_in: int  # registers that a tile has of a metric group's channels
-    strip_out: int  # and of a kernel group's output channels
+    strip_out: int  # registers that a tile has of a kernel group's output channels
     pixels: int  # whose columns are in the cache at a time
-    blocks: int  # of the channels of a metric group: a unit of work in the backward pass has one
-    sets: int  # of images: a unit has one too
+    # the backward pass alone
+    strip_in: int = 1  # registers that a tile has of a metric group's channels
+    blocks: int = 1  # of the channels of a metric group: a unit of work has one
+    sets: int = 1  # of images: a unit has one too
 
 
 class _Arrays(NamedTuple):
@@ -665,7 +666,7 @@ def _out_of_registers(t: Tensor, groups: int, channels: int) -> Tensor:
 
 
 def _inputs(arguments: Arguments) -> Tuple[_Sizes, _Arrays]:
-    x, source, weight, mask = arguments[:4]
+    x, source, weight, _, mask = arguments[:5]
     x = _in_registers(by_pixels(with_far_corners(x.detach())).float(), arguments.metric_groups)
     source_values, source_strides = _planes(source)
     mask_values, mask_strides = (NOTHING, (0, 0, 0)) if mask is None else _planes(mask)
@@ -693,11 +694,8 @@ def _inputs(arguments: Arguments) -> Tuple[_Sizes, _Arrays]:
         kernel_groups=0 if _is_depthwise(arguments) else arguments.groups,
         out_channels=weight.shape[0],
         shared=min(weight.shape[1], arguments.x.shape[1] // arguments.metric_groups),
-        strip_in=1,
         strip_out=_widest(-(-weight.shape[0] // (arguments.groups * LANES))),
         pixels=_pixels(x.shape[3] * arguments.taps, source.shape[0] * source.shape[-2] * source.shape[-1]),
-        blocks=1,
-        sets=x.shape[0],
     )
     return sizes, _Arrays(_flat(x), source_values, mask_values, points, *[NOTHING] * 7)
 
@@ -747,31 +745,21 @@ def _strips_in(kernel: Tensor, sizes: _Sizes) -> Tensor:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
+def _forward(arguments: Arguments, out: Tensor) -> None:
     sizes, arrays = _inputs(arguments)
     out = by_pixels(out).flatten(0, 2)
-    bias = out.new_zeros(out.shape[1]) if bias is None else bias.view(out.shape[1])
-    way = _forward_depthwise if _is_depthwise(arguments) else _forward_dense
-    way(arguments, bias.float(), out, sizes, arrays)
-
-
-def _forward_depthwise(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Sizes, arrays: _Arrays) -> None:
-    groups, step = arguments.metric_groups, LANES * -(-THREAD_NUMBERS // (LANES * sizes.taps * sizes.channels))
-    direct = out.dtype == torch.float32 and sizes.channels == out.shape[1]
-    values = out if direct else torch.empty(len(out), sizes.channels)
-    bias_values = _flat(_in_registers(bias, groups))
-    arrays = arrays._replace(weight=_depthwise_kernel(arguments), bias=bias_values, values=_flat(values))
-    _work(_run_depthwise, len(out), step, sizes, arrays)
-    if not direct:
-        out.copy_(_out_of_registers(values, groups, out.shape[1]))
-
-
-def _forward_dense(arguments: Arguments, bias: Tensor, out: Tensor, sizes: _Sizes, arrays: _Arrays) -> None:
-    kernel, values = _flat(_strips_out(_by_groups(arguments), sizes)), out.float()
-    arrays = arrays._replace(weight=kernel, bias=_flat(bias), values=_flat(values))
-    _work(_run_dense, len(out), sizes.pixels, sizes, arrays)
+    if _is_depthwise(arguments):
+        run, runs, kernel = _run_depthwise, arguments.metric_groups, _depthwise_kernel(arguments)
+        channels, step = sizes.channels, LANES * -(-THREAD_NUMBERS // (LANES * sizes.taps * sizes.channels))
+    else:
+        run, runs, kernel = _run_dense, 1, _flat(_strips_out(_by_groups(arguments), sizes))
+        channels, step = out.shape[1], sizes.pixels
+    bias = out.new_zeros(out.shape[1]) if arguments.bias is None else arguments.bias.view(out.shape[1])
+    values = out if out.dtype == torch.float32 and channels == out.shape[1] else torch.empty(len(out), channels)
+    arrays = arrays._replace(weight=kernel, bias=_flat(_in_registers(bias.float(), runs)), values=_flat(values))
+    _work(run, len(out), step, sizes, arrays)
     if values is not out:
-        out.copy_(values)
+        out.copy_(_out_of_registers(values, runs, out.shape[1]))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

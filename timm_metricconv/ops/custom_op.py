@@ -8,6 +8,7 @@ has derivatives of any order; the kernels have the first ones. Where `torch.func
 computes.
 """
 
+import math
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -15,24 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.utils.flop_counter import register_flop_formula
 
-from .flops import register_flops
 from .reference import ball_conv2d_reference
 from .samples import FIELDS, Samples
 
 
 class Arguments(NamedTuple):
-    """What both directions are given; see `ball_conv2d` and `Samples`."""
+    """What an operator takes; see `ball_conv2d` and `Samples`."""
 
     x: Tensor
     source: Tensor
     weight: Tensor
+    bias: Optional[Tensor]
     mask: Optional[Tensor]
     stride: List[int]
     padding: List[int]
     dilation: List[int]
     groups: int
-    points: Optional[Tensor]
+    points: Optional[Tensor] = None
 
     @property
     def taps(self) -> int:
@@ -52,6 +54,12 @@ class Gradients(NamedTuple):
     source: Optional[Tensor]
     weight: Optional[Tensor]
     mask: Optional[Tensor]
+
+
+_SCHEMA = (
+    "Tensor x, Tensor source, Tensor weight, Tensor? bias, Tensor? mask, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? points=None"
+)
 
 
 def with_far_corners(x: Tensor) -> Tensor:
@@ -74,21 +82,17 @@ def _empty(like: Tensor, *shape) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
-def empty_output(x: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+def empty_output(arguments: Arguments) -> Tensor:
     """`[B, C_out, H_out, W_out]`, channels-last."""
+    x, source, weight = arguments[:3]
     return _empty(x, x.shape[0], weight.shape[0], source.shape[-2], source.shape[-1])
 
 
 def empty_gradients(
-    x: Tensor,
-    source: Tensor,
-    weight: Tensor,
-    mask: Optional[Tensor],
-    need_x: bool,
-    need_source: bool,
-    need_weight: bool,
+    arguments: Arguments, need_x: bool, need_source: bool, need_weight: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of x, source, weight and mask; an empty tensor for what is not needed."""
+    x, source, weight, _, mask = arguments[:5]
     # the kernel's in the memory format in which autograd takes it over without a copy
     channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -102,7 +106,7 @@ def empty_gradients(
 
 def _of_the_reference(arguments: Arguments, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """Gradients of x, source, weight and mask by differentiable operators."""
-    x, source, weight, mask, stride, padding, dilation, groups, points = arguments
+    x, source, weight, _, mask, stride, padding, dilation, groups, points = arguments
 
     def function(x: Tensor, source: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         samples = source if points is None else Samples(source, points)
@@ -135,12 +139,28 @@ def _one_by_one(operator: Callable) -> Callable:
     return rule
 
 
+def _macs(x_shape, source_shape, weight_shape) -> Tuple[int, int]:
+    """Multiply-adds of the gather, four for each sample and channel, and of the matrix product."""
+    samples = source_shape[0] * math.prod(weight_shape[2:]) * source_shape[-2] * source_shape[-1]
+    return 4 * samples * x_shape[1], samples * weight_shape[0] * weight_shape[1]
+
+
+def _flops(x_shape, source_shape, weight_shape, *others, **out_shape) -> int:
+    return 2 * sum(_macs(x_shape, source_shape, weight_shape))
+
+
+def _backward_flops(grad_shape, need_x, need_source, need_weight, *shapes, **out_shape) -> int:
+    # two products, and the gather three times: again, against the gradient, and transposed
+    gather, product = _macs(*shapes[:3])
+    return 2 * (3 * gather + 2 * product)
+
+
 def define(name: str, forward: Callable, gradients: Callable, device_types: Optional[str] = None) -> Callable:
     """Registers `timm_metricconv::<name>` and `timm_metricconv::<name>_backward`.
 
     Args:
         name: Of the operator.
-        forward: (arguments, bias, out) sets `out` `[B, C_out, H_out, W_out]`, whose `by_pixels` is contiguous.
+        forward: (arguments, out) sets `out` `[B, C_out, H_out, W_out]`, whose `by_pixels` is contiguous.
         gradients: (arguments, grad, into) sets the `Gradients`, their `by_pixels` contiguous too; not called for a
             batch of 0.
         device_types: The devices that it runs on; by default any.
@@ -148,58 +168,38 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
     Returns:
         The backend's function, with the arguments of `ball_conv2d_reference`.
     """
+    kind: Any = {"mutates_args": (), "device_types": device_types}
 
-    @torch.library.custom_op(f"timm_metricconv::{name}", mutates_args=(), device_types=device_types)
-    def operator(
-        x: Tensor,
-        source: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        mask: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
-        groups: int,
-        points: Optional[Tensor] = None,
-    ) -> Tensor:
-        out = empty_output(x, source, weight)
+    @torch.library.custom_op(f"timm_metricconv::{name}", schema=f"({_SCHEMA}) -> Tensor", **kind)
+    def operator(*inputs):
+        arguments = Arguments(*inputs)
+        out = empty_output(arguments)
         if out.numel():
-            forward(Arguments(x, source, weight, mask, stride, padding, dilation, groups, points), bias, out)
+            forward(arguments, out)
         return out
 
     @operator.register_fake
-    def _(x, source, weight, *arguments):
-        return empty_output(x, source, weight)
+    def _(*inputs):
+        return empty_output(Arguments(*inputs))
 
-    @torch.library.custom_op(f"timm_metricconv::{name}_backward", mutates_args=(), device_types=device_types)
-    def backward_operator(
-        grad: Tensor,
-        x: Tensor,
-        source: Tensor,
-        weight: Tensor,
-        mask: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
-        groups: int,
-        need_x: bool,
-        need_source: bool,
-        need_weight: bool,
-        points: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        results = empty_gradients(x, source, weight, mask, need_x, need_source, need_weight)
+    schema = (
+        f"(Tensor grad, bool need_x, bool need_source, bool need_weight, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    @torch.library.custom_op(f"timm_metricconv::{name}_backward", schema=schema, **kind)
+    def backward_operator(grad, need_x, need_source, need_weight, *inputs):
+        arguments = Arguments(*inputs)
+        results = empty_gradients(arguments, need_x, need_source, need_weight)
         if grad.numel():
-            needs = need_x, need_source, need_weight, need_source and mask is not None
-            into = Gradients(*(t if need else None for t, need in zip(results, needs, strict=True)))
-            gradients(Arguments(x, source, weight, mask, stride, padding, dilation, groups, points), grad, into)
+            gradients(arguments, grad, Gradients(*(t if t.numel() else None for t in results)))
         else:
             for result in results:
                 result.zero_()
         return results
 
     @backward_operator.register_fake
-    def _(grad, x, source, weight, mask, stride, padding, dilation, groups, need_x, need_source, need_weight, *points):
-        return empty_gradients(x, source, weight, mask, need_x, need_source, need_weight)
+    def _(grad, need_x, need_source, need_weight, *inputs):
+        return empty_gradients(Arguments(*inputs), need_x, need_source, need_weight)
 
     def setup_context(ctx, inputs, output):
         x, source, weight, _, mask, *ctx.geometry, points = inputs
@@ -208,11 +208,11 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
     def backward(ctx, grad):
         x, source, weight, mask, points = ctx.saved_tensors
         need_x, need_source, need_weight, need_bias, need_mask = ctx.needs_input_grad[:5]
+        arguments = Arguments(x, source, weight, None, mask, *ctx.geometry, points)
         if torch.is_grad_enabled():
-            results = _of_the_reference(Arguments(x, source, weight, mask, *ctx.geometry, points), grad)
+            results = _of_the_reference(arguments, grad)
         else:
-            needs = need_x, need_source or need_mask, need_weight
-            results = backward_operator(grad, x, source, weight, mask, *ctx.geometry, *needs, points)
+            results = backward_operator(grad, need_x, need_source or need_mask, need_weight, *arguments)
         grad_x, grad_source, grad_weight, grad_mask = results
         return (
             grad_x if need_x else None,
@@ -239,27 +239,17 @@ def define(name: str, forward: Callable, gradients: Callable, device_types: Opti
         return operator(x, source, weight, bias, mask, *others).unflatten(0, (info.batch_size, -1)), 0
 
     backward_operator.register_vmap(_one_by_one(backward_operator))
-    register_flops(getattr(torch.ops.timm_metricconv, name), getattr(torch.ops.timm_metricconv, f"{name}_backward"))
+    register_flop_formula(getattr(torch.ops.timm_metricconv, name))(_flops)
+    register_flop_formula(getattr(torch.ops.timm_metricconv, f"{name}_backward"))(_backward_flops)
 
-    def function(
-        x: Tensor,
-        samples: Union[Tensor, Samples],
-        weight: Tensor,
-        bias: Optional[Tensor],
-        mask: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
-        groups: int,
-    ) -> Tensor:
-        arguments = weight, bias, mask, stride, padding, dilation, groups
+    def function(x: Tensor, samples: Union[Tensor, Samples], *others: Any) -> Tensor:
         if _differentiates():
-            return ball_conv2d_reference(x, samples, *arguments)
+            return ball_conv2d_reference(x, samples, *others)
         source = samples if isinstance(samples, Tensor) else samples.fields
         points = None if isinstance(samples, Tensor) else samples.points.to(source.dtype)
         if torch.compiler.is_compiling():
             # Inductor cannot keep a view for the backward pass where sizes are symbols; it fuses this copy away.
             source = source.clone()
-        return operator(x, source, *arguments, points)
+        return operator(x, source, *others, points)
 
     return function

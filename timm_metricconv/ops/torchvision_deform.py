@@ -1,6 +1,6 @@
 """torchvision's `deform_conv2d` as a backend: the only place that knows its interleaved (dy, dx) offsets."""
 
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Tuple, Union
 
 import torch
 import torchvision.ops  # noqa: F401 (registers the operators)
@@ -10,9 +10,9 @@ from .custom_op import Arguments, Gradients, define
 from .samples import Samples, place
 
 
-def _arguments(arguments: Arguments, bias: Optional[Tensor]) -> Tuple[Any, ...]:
+def _arguments(arguments: Arguments) -> Tuple[Any, ...]:
     """Those of torchvision's operator, which asks for one dtype: everything is cast to the positions'."""
-    x, positions, weight, mask, stride, padding, dilation, _, _ = arguments
+    x, positions, weight, bias, mask, stride, padding, dilation, *_ = arguments
     dtype, (rows, columns) = positions.dtype, weight.shape[2:]
     y = dilation[0] * (torch.arange(rows, device=x.device, dtype=dtype) - (rows - 1) / 2)
     x_ = dilation[1] * (torch.arange(columns, device=x.device, dtype=dtype) - (columns - 1) / 2)
@@ -27,12 +27,12 @@ def _arguments(arguments: Arguments, bias: Optional[Tensor]) -> Tuple[Any, ...]:
     return x.to(dtype), weight.to(dtype), offset, mask, bias, *geometry
 
 
-def _forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor) -> None:
-    out.copy_(torch.ops.torchvision.deform_conv2d(*_arguments(arguments, bias)))
+def _forward(arguments: Arguments, out: Tensor) -> None:
+    out.copy_(torch.ops.torchvision.deform_conv2d(*_arguments(arguments)))
 
 
 def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
-    inputs = _arguments(arguments, None)
+    inputs = _arguments(arguments)
     x, weight, offset, mask, _ = torch.ops.torchvision._deform_conv2d_backward(grad.to(inputs[0].dtype), *inputs)
     positions = offset.unflatten(1, (-1, arguments.taps, 2)).flatten(1, 2).flip(2)
     for to, gradient in zip(into, (x, positions, weight, mask), strict=True):
@@ -43,23 +43,13 @@ def _gradients(arguments: Arguments, grad: Tensor, into: Gradients) -> None:
 _conv2d = define("torchvision_conv2d", _forward, _gradients)
 
 
-def ball_conv2d_torchvision(
-    x: Tensor,
-    samples: Union[Tensor, Samples],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    stride: List[int],
-    padding: List[int],
-    dilation: List[int],
-    groups: int,
-) -> Tensor:
+def ball_conv2d_torchvision(x: Tensor, samples: Union[Tensor, Samples], *others: Any) -> Tensor:
     """`ball_conv2d_reference` through torchvision, whose offset groups are our metric groups.
 
-    It knows no free taps: `weight` is `[C_out, C_in/groups, k, k]`.
+    It knows no free taps: the kernel is `[C_out, C_in/groups, k, k]`.
     """
     positions = place(samples)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # to ONNX' DeformConv, for one
-        arguments = Arguments(x, positions, weight, mask, stride, padding, dilation, groups, None)
-        return torch.ops.torchvision.deform_conv2d(*_arguments(arguments, bias)).to(x.dtype)
-    return _conv2d(x, positions, weight, bias, mask, stride, padding, dilation, groups)
+        arguments = Arguments(x, positions, *others)
+        return torch.ops.torchvision.deform_conv2d(*_arguments(arguments)).to(x.dtype)
+    return _conv2d(x, positions, *others)

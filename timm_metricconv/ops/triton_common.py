@@ -23,18 +23,8 @@ except Exception:  # a broken installation of an optional package must not break
 
 # These change with the size of the image: a kernel compiled for each of their divisors would cost more than it saves.
 _PLAIN = (
-    "pixels",
-    "taps",
-    "height",
-    "width",
-    "out_height",
-    "out_width",
-    "stride_y",
-    "stride_x",
-    "slice_taps",
-    "span",
-    "rows",
-)
+    "pixels", "taps", "height", "width", "out_height", "out_width", "stride_y", "stride_x", "slice_taps", "span", "rows"
+)  # fmt: skip
 
 
 def jit(function):
@@ -62,21 +52,6 @@ def affine(source, points, ball, tap):
     at = source + ball * 6
     x = tl.load(at) * px + tl.load(at + 1) * py + tl.load(at + 4)
     return x, tl.load(at + 2) * px + tl.load(at + 3) * py + tl.load(at + 5)
-
-
-@jit
-def affine_gradient(grad, points, tap, grad_dx, grad_dy):
-    """`grad`, the gradients of six fields, and those of a sample y = L·p + t."""
-    px, py = tl.load(points + 2 * tap), tl.load(points + 2 * tap + 1)
-    xx, xy, yx, yy, shift_x, shift_y = grad
-    return (
-        xx + grad_dx * px,
-        xy + grad_dx * py,
-        yx + grad_dy * px,
-        yy + grad_dy * py,
-        shift_x + grad_dx,
-        shift_y + grad_dy,
-    )
 
 
 @jit
@@ -138,12 +113,30 @@ def modulation(mask, ball, tap, taps):
 
 
 @jit
-def position_gradient(dx, dy, factor, g00, g01, g10, g11):
-    """Gradients with respect to the four corners' weights → gradients of the sample's position (x, y)."""
+def sample_gradient(
+    grad_source, grad_mask, grad_fields, points, ball, tap, taps, live, dx, dy, factor, g00, g01, g10, g11
+):
+    """Gradients of the four corners' weights → writes those of the mask and of a position (x, y).
+
+    Or adds the position's to those of the six fields behind it, which it returns.
+    """
+    if grad_mask is not None:
+        s00, s01, s10, s11 = shares(dx, dy, 1.0)
+        tl.store(grad_mask + ball * taps + tap, g00 * s00 + g01 * s01 + g10 * s10 + g11 * s11, mask=live)
     left, right = g00 * _hat(dy) + g10 * _hat(dy - 1), g01 * _hat(dy) + g11 * _hat(dy - 1)
     top, bottom = g00 * _hat(dx) + g01 * _hat(dx - 1), g10 * _hat(dx) + g11 * _hat(dx - 1)
-    grad_dx = (left * _slope(dx) + right * _slope(dx - 1)) * factor
-    return grad_dx, (top * _slope(dy) + bottom * _slope(dy - 1)) * factor
+    grad_x = (left * _slope(dx) + right * _slope(dx - 1)) * factor
+    grad_y = (top * _slope(dy) + bottom * _slope(dy - 1)) * factor
+    if points is None:
+        at = grad_source + (ball * taps + tap) * 2
+        tl.store(at, grad_x, mask=live)
+        tl.store(at + 1, grad_y, mask=live)
+        return grad_fields
+    else:
+        px, py = tl.load(points + 2 * tap), tl.load(points + 2 * tap + 1)
+        xx, xy, yx, yy, shift_x, shift_y = grad_fields
+        xx, xy, yx, yy = xx + grad_x * px, xy + grad_x * py, yx + grad_y * px, yy + grad_y * py
+        return xx, xy, yx, yy, shift_x + grad_x, shift_y + grad_y
 
 
 @jit
@@ -214,7 +207,7 @@ def pose(arguments: Arguments) -> Problem:
     Raises:
         ValueError: The images have too many pixels.
     """
-    x, source, weight, mask, stride, padding, dilation, _, points = arguments
+    x, source, weight, _, mask, stride, padding, dilation, _, points = arguments
     x = with_far_corners(x)
     batch, _, height, width = x.shape
     out_height, out_width = source.shape[-2:]

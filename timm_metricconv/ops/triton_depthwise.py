@@ -17,7 +17,6 @@ from torch import Tensor
 from .custom_op import Arguments
 from .triton_common import (
     Launcher,
-    affine_gradient,
     centre,
     columns,
     constexpr,
@@ -25,7 +24,7 @@ from .triton_common import (
     locate,
     modulation,
     pose,
-    position_gradient,
+    sample_gradient,
     shares,
     store_fields,
     tl,
@@ -187,16 +186,9 @@ def sample_gradient_kernel(
                 g11 += tl.sum(x11 * weights, 1)
 
         if grad_source is not None:
-            if grad_mask is not None:
-                s00, s01, s10, s11 = shares(dx, dy, 1.0)
-                tl.store(grad_mask + ball * taps + tap, g00 * s00 + g01 * s01 + g10 * s10 + g11 * s11, mask=live)
-            grad_dx, grad_dy = position_gradient(dx, dy, factor, g00, g01, g10, g11)
-            if points is None:
-                at_source = grad_source + (ball * taps + tap) * 2
-                tl.store(at_source, grad_dx, mask=live)
-                tl.store(at_source + 1, grad_dy, mask=live)
-            else:
-                grad_fields = affine_gradient(grad_fields, points, tap, grad_dx, grad_dy)
+            grad_fields = sample_gradient(
+                grad_source, grad_mask, grad_fields, points, ball, tap, taps, live, dx, dy, factor, g00, g01, g10, g11
+            )
 
     if grad_source is not None and points is not None:
         at_field = grad_source + (tl.program_id(1).to(tl.int64) * rows * out_width * balls + ball) * 6

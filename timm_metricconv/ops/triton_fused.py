@@ -18,7 +18,6 @@ from .custom_op import Arguments, Gradients, by_pixels, define
 from .triton_common import (
     INTERPRETED,
     Launcher,
-    affine_gradient,
     centre,
     columns,
     constexpr,
@@ -26,7 +25,7 @@ from .triton_common import (
     locate,
     modulation,
     pose,
-    position_gradient,
+    sample_gradient,
     shares,
     store_fields,
     tl,
@@ -135,16 +134,9 @@ def input_gradient_kernel(
                     tl.atomic_add(grad_x + at + down + right, values * p11, mask=keep & (p11 != 0), sem="relaxed")
 
         if grad_source is not None:
-            if grad_mask is not None:
-                s00, s01, s10, s11 = shares(dx, dy, 1.0)
-                tl.store(grad_mask + ball * taps + tap, g00 * s00 + g01 * s01 + g10 * s10 + g11 * s11, mask=live)
-            grad_dx, grad_dy = position_gradient(dx, dy, factor, g00, g01, g10, g11)
-            if points is None:
-                at_source = grad_source + (ball * taps + tap) * 2
-                tl.store(at_source, grad_dx, mask=live)
-                tl.store(at_source + 1, grad_dy, mask=live)
-            else:
-                grad_fields = affine_gradient(grad_fields, points, tap, grad_dx, grad_dy)
+            grad_fields = sample_gradient(
+                grad_source, grad_mask, grad_fields, points, ball, tap, taps, live, dx, dy, factor, g00, g01, g10, g11
+            )
 
     if grad_source is not None and points is not None:
         at_field = grad_source + (tl.program_id(1).to(tl.int64) * pixels * balls + ball) * 6
@@ -363,10 +355,10 @@ def _method(arguments: Arguments, launch: Optional[Launcher]) -> Union[_Dense, t
     return (triton_depthwise.Depthwise if depthwise else _Dense)(arguments, launch or Launcher(x.device))
 
 
-def forward(arguments: Arguments, bias: Optional[Tensor], out: Tensor, launch: Optional[Launcher] = None) -> None:
+def forward(arguments: Arguments, out: Tensor, launch: Optional[Launcher] = None) -> None:
     """See `custom_op.define`."""
     with torch.cuda.device_of(out):
-        _method(arguments, launch).forward(bias, by_pixels(out))
+        _method(arguments, launch).forward(arguments.bias, by_pixels(out))
 
 
 def gradients(arguments: Arguments, grad: Tensor, into: Gradients, launch: Optional[Launcher] = None) -> None:
