@@ -56,18 +56,14 @@ def _torchvision_why_not(x: Tensor, source: Tensor, weight: Tensor, groups: int)
     return None if weight.dim() == 4 else "it takes a [C_out, C_in/groups, k, k] kernel only"
 
 
-def _never(x: Tensor, source: Tensor, weight: Tensor, groups: int) -> Optional[str]:
-    return None
-
-
 # In order of preference: the first that can compute a call is taken. The reference can compute all, so what comes after
 # it is computed with only by name: `grid_sample` is for images of few channels, and `triton` has not yet run on a GPU
 # (`python -m timm_metricconv --check` tells whether it may).
 BACKENDS: Dict[str, Backend] = {
     "compiled": Backend(compiled_conv2d, _compiled_why_not),
     "torchvision": Backend(ball_conv2d_torchvision, _torchvision_why_not),
-    "reference": Backend(ball_conv2d_reference, _never),
-    "grid_sample": Backend(grid_sample_conv2d, _never),
+    "reference": Backend(ball_conv2d_reference, lambda *call: None),
+    "grid_sample": Backend(grid_sample_conv2d, lambda *call: None),
     "triton": Backend(triton_conv2d, lambda *call: _triton_why_not(*call) or _crossed(*call[1:])),
 }
 

@@ -5,7 +5,7 @@ After a change here `touch compiled.py`: Numba's cache on disk looks at the time
 
 import math
 import operator
-from typing import Callable
+from typing import Callable, Optional
 
 import numba
 from llvmlite import binding, ir
@@ -36,31 +36,38 @@ _pairs = [(_register, _register), *((_register, t) for t in _numbers), *((t, _re
 _array, _indices = (numba.types.Array(t, 1, "C") for t in (numba.float32, numba.int32))
 
 
-def _operation(function: Callable, emit: Callable, result, *cases: tuple) -> None:
-    """Teaches Numba a function of registers.
+def _operation(result, *cases: tuple, named: Optional[Callable] = None) -> Callable:
+    """Teaches Numba a function of registers: a kernel calls what is decorated, but without the LLVM builder.
 
     Args:
-        function: What the kernels call.
-        emit: (LLVM builder, values) → LLVM value.
         result: Its type.
         cases: The types of its arguments, each way to call it. A number among registers fills one.
+        named: What the kernels call instead.
     """
-    signatures = [signature(result, *case) for case in cases]
-    infer_global(function)(type("Template", (ConcreteTemplate,), {"cases": signatures}))
 
-    def lower(context, builder, signature, values):
-        operands = []
-        for value, given in zip(values, signature.args, strict=True):
-            if isinstance(given, numba.types.Array):
-                value = context.make_array(given)(context, builder, value).data
-            elif signature.args in _pairs and given is not _register:
-                value = _filled(builder, context.cast(builder, value, given, numba.float32))
-            operands.append(value)
-        returned = emit(builder, *operands)
-        return context.get_dummy_value() if result is numba.types.none else returned
+    def decorate(emit: Callable) -> Callable:
+        # Numba asks for a key that is no local object, and the name of `emit` is not bound yet
+        key = named or f"{__name__}.{emit.__name__}"
+        signatures = [signature(result, *case) for case in cases]
+        template = type("Template", (ConcreteTemplate,), {"cases": signatures})
+        infer_global(named or emit, typing_key=key)(template)
 
-    for case in cases:
-        lower_builtin(function, *case)(lower)
+        def lower(context, builder, signature, values):
+            operands = []
+            for value, given in zip(values, signature.args, strict=True):
+                if isinstance(given, numba.types.Array):
+                    value = context.make_array(given)(context, builder, value).data
+                elif signature.args in _pairs and given is not _register:
+                    value = _filled(builder, context.cast(builder, value, given, numba.float32))
+                operands.append(value)
+            returned = emit(builder, *operands)
+            return context.get_dummy_value() if result is numba.types.none else returned
+
+        for case in cases:
+            lower_builtin(key, *case)(lower)
+        return emit
+
+    return decorate
 
 
 def _filled(builder, number, vector=_floats):
@@ -78,94 +85,81 @@ def _llvm(name: str, *types) -> Callable:
     return emit
 
 
-def _choice(relation: str) -> Callable:
-    # of NaN and a number the number, if it comes second: what the processor's instruction does
-    return lambda builder, a, b: builder.select(builder.fcmp_ordered(relation, a, b), a, b)
+def _arithmetic(name: str) -> Callable:
+    # `contract`: a product and a sum become one instruction where the processor has it
+    return lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract",))
+
+
+_operation(_register, *_pairs, named=operator.add)(_arithmetic("fadd"))
+_operation(_register, *_pairs, named=operator.sub)(_arithmetic("fsub"))
+_operation(_register, *_pairs, named=operator.mul)(_arithmetic("fmul"))
+_operation(_register, (_register,), named=math.floor)(_llvm(f"llvm.floor.v{LANES}f32", _floats, _floats))
+_operation(_register, (_register,), named=abs)(_llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats))
+
+
+@_operation(_register, *_pairs)
+def larger(builder, a, b):
+    """The larger of two; b where a is NaN, which is what the processor's instruction does."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_operation(_register, *_pairs)
+def smaller(builder, a, b):
+    """The smaller of two; b where a is NaN."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+@_operation(_register, ())
+def zeros(builder):
+    """Sixteen zeros."""
+    return ir.Constant(_floats, None)
+
+
+@_operation(numba.float32, (_register,))
+def total(builder, register):
+    """The sum of its numbers."""
+    add = _llvm(f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _floats)
+    return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
 
 
 def _at(builder, array, index, vector):
     return builder.bitcast(builder.gep(array, [index]), vector.as_pointer())
 
 
-def _load(builder, array, index):
+@_operation(_register, (_array, numba.intp))
+def load(builder, array, index):
+    """Sixteen numbers of an array."""
     return builder.load(_at(builder, array, index, _floats), align=4)
 
 
-def _spread(builder, array, index):
+@_operation(_register, (_array, numba.intp))
+def spread(builder, array, index):
+    """Sixteen times one number of an array."""
     return _filled(builder, builder.load(builder.gep(array, [index])))
 
 
-def _store(builder, array, index, register):
+@_operation(numba.types.none, (_array, numba.intp, _register))
+def store(builder, array, index, register):
+    """Writes them."""
     builder.store(register, _at(builder, array, index, _floats), align=4)
 
 
-def _store_corner(builder, array, index, row, column, width):
+@_operation(numba.types.none, (_indices, numba.intp, *[_register] * 3))
+def store_corner(builder, array, index, row, column, width):
+    """Writes row · width + column, which float32 may not hold, to an array of integers."""
     row, column, width = (builder.fptosi(register, _ints) for register in (row, column, width))
     builder.store(builder.add(builder.mul(row, width), column), _at(builder, array, index, _ints), align=4)
 
 
-def _total(builder, register):
-    add = _llvm(f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _floats)
-    return add(builder, ir.Constant(ir.FloatType(), 0.0), register)
-
-
-def zeros():
-    """Sixteen zeros."""
-
-
-def load(array, index):
-    """Sixteen numbers of an array."""
-
-
-def store(array, index, register):
-    """Writes them."""
-
-
-def store_corner(array, index, row, column, width):
-    """Writes row · width + column, which float32 may not hold, to an array of integers."""
-
-
-def spread(array, index):
-    """Sixteen times one number of an array."""
-
-
-def larger(a, b):
-    """The larger of two; b where a is NaN."""
-
-
-def smaller(a, b):
-    """The smaller of two; b where a is NaN."""
-
-
-def total(register):
-    """The sum of its numbers."""
-
-
-def _arithmetic(name: str) -> Callable:
-    # `contract`: a product and a sum become one instruction where the processor has it
-    return lambda builder, a, b: getattr(builder, name)(a, b, flags=("contract",))
-
-
-_operation(operator.add, _arithmetic("fadd"), _register, *_pairs)
-_operation(operator.sub, _arithmetic("fsub"), _register, *_pairs)
-_operation(operator.mul, _arithmetic("fmul"), _register, *_pairs)
-_operation(math.floor, _llvm(f"llvm.floor.v{LANES}f32", _floats, _floats), _register, (_register,))
-_operation(abs, _llvm(f"llvm.fabs.v{LANES}f32", _floats, _floats), _register, (_register,))
-_operation(zeros, lambda builder: ir.Constant(_floats, None), _register, ())
-_operation(spread, _spread, _register, (_array, numba.intp))
-_operation(larger, _choice(">"), _register, *_pairs)
-_operation(smaller, _choice("<"), _register, *_pairs)
-_operation(load, _load, _register, (_array, numba.intp))
-_operation(store, _store, numba.types.none, (_array, numba.intp, _register))
-_operation(store_corner, _store_corner, numba.types.none, (_indices, numba.intp, *[_register] * 3))
-_operation(total, _total, numba.float32, (_register,))
-
-
-def _fetch_and_add(builder, array, step):
+@_operation(numba.int64, (numba.types.Array(numba.int64, 1, "C"), numba.int64))
+def fetch_and_add(builder, array, step):
+    """Adds to the first of some integers, which other threads do too; what it was before."""
     return builder.atomic_rmw("add", array, step, "monotonic")
 
 
-def _pointer(builder, address):
+@_operation(numba.types.voidptr, (numba.int64,))
+def pointer(builder, address):
+    """An integer as a pointer."""
     return builder.inttoptr(address, ir.IntType(8).as_pointer())
 
 
@@ -175,7 +169,11 @@ WIDEST = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
 
 
 def _emit_tile(registers: int) -> Callable:
-    """Emits out[row, column] += Σ_d a[row, d]·b[d, column] of a tile, d in a loop."""
+    """Emits out[row, column] += Σ_d a[row, d]·b[d, column], d in a loop, but to no column from `width` on.
+
+    a is [4, depth], b [depth, 16·registers]. They are parts of larger matrices, at `at` and with steps of `row` and of
+    `depth`; columns are neighbours.
+    """
 
     def emit(builder, out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
         integer = ir.IntType(64)
@@ -183,7 +181,7 @@ def _emit_tile(registers: int) -> Callable:
         rows = [ir.Constant(integer, row) for row in range(ROWS)]
         places = [builder.add(builder.add(at, builder.mul(out_row, row)), column) for row in rows for column in columns]
         firsts = [builder.add(a_at, builder.mul(a_row, row)) for row in rows]
-        sums = [_load(builder, out, place) for place in places]
+        sums = [load(builder, out, place) for place in places]
         before = builder.block
         loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
         builder.branch(loop)
@@ -192,9 +190,9 @@ def _emit_tile(registers: int) -> Callable:
         d.add_incoming(ir.Constant(integer, 0), before)
         running = [builder.phi(_floats) for _ in sums]
         b_row = builder.add(b_at, builder.mul(d, b_depth))
-        factors = [_load(builder, b, builder.add(b_row, column)) for column in columns]
+        factors = [load(builder, b, builder.add(b_row, column)) for column in columns]
         through = builder.mul(d, a_depth)
-        numbers = [_spread(builder, a, builder.add(first, through)) for first in firsts]
+        numbers = [spread(builder, a, builder.add(first, through)) for first in firsts]
         products = [builder.fmul(number, factor, flags=("contract",)) for number in numbers for factor in factors]
         added = [builder.fadd(*pair, flags=("contract",)) for pair in zip(running, products, strict=True)]
         for phi, start, value in zip(running, sums, added, strict=True):
@@ -209,39 +207,12 @@ def _emit_tile(registers: int) -> Callable:
         lanes = [ir.Constant(_ints, list(range(LANES * i, LANES * (i + 1)))) for i in range(registers)]
         within = [builder.icmp_signed("<", lane, limit) for lane in lanes] * ROWS
         for place, inside, value, start in zip(places, within, added, sums, strict=True):
-            _store(builder, out, place, builder.select(inside, value, start))
+            store(builder, out, place, builder.select(inside, value, start))
 
+    emit.__name__ = f"tile_{registers}"
     return emit
 
 
-def tile_1(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
-    """Adds a[4, depth]·b[depth, 16] to out[4, 16], but to no column from `width` on.
-
-    They are parts of larger matrices, at `at` and with steps of `row` and of `depth`; columns are neighbours.
-    """
-
-
-def tile_2(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
-    """The same, 32 columns."""
-
-
-def tile_4(out, at, out_row, a, a_at, a_row, a_depth, b, b_at, b_depth, depth, width):
-    """The same, 64 columns."""
-
-
 _i = numba.int64
-for _registers, _tile in ((1, tile_1), (2, tile_2), (4, tile_4)):
-    _case = (_array, _i, _i, _array, _i, _i, _i, _array, _i, _i, _i, _i)
-    _operation(_tile, _emit_tile(_registers), numba.types.none, _case)
-
-
-def fetch_and_add(array, step):
-    """Adds to the first of some integers, which other threads do too; what it was before."""
-
-
-def pointer(address):
-    """An integer as a pointer."""
-
-
-_operation(fetch_and_add, _fetch_and_add, numba.int64, (numba.types.Array(numba.int64, 1, "C"), numba.int64))
-_operation(pointer, _pointer, numba.types.voidptr, (numba.int64,))
+_tile = _operation(numba.types.none, (_array, _i, _i, _array, _i, _i, _i, _array, _i, _i, _i, _i))
+tile_1, tile_2, tile_4 = (_tile(_emit_tile(registers)) for registers in (1, 2, 4))
