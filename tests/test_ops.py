@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_metricconv import MetricConv2d
 from timm_metricconv.geometry import PATTERNS
 from timm_metricconv.ops import BACKENDS, Samples, ball_conv2d, dispatch, place, why_not_on
+from timm_metricconv.ops.reference import ball_conv2d_reference
 
 RUNNABLE = [name for name in BACKENDS if why_not_on("cpu", name) is None]
 backends = pytest.mark.parametrize("backend", RUNNABLE)
@@ -773,6 +774,24 @@ def test_samples_of_ones_own_count():
     torch.nn.init.normal_(layer.predictor.weight)
     x = torch.randn(2, 4, 6, 5)
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+def test_what_torchscript_and_export_take():
+    """TorchScript refuses `ball_conv2d` itself: docs/works_with.md names these in its place."""
+    x, weight, positions = torch.randn(1, 8, 5, 6), torch.randn(4, 8, 3, 3), torch.randn(1, 9, 2, 5, 6)
+
+    class Conv(torch.nn.Module):
+        def forward(self, x, positions, weight):
+            return ball_conv2d(x, positions, weight, padding=1)
+
+    arguments, pair = (x, positions, weight), [1, 1]
+    expected = Conv()(*arguments)
+    for program in (torch.jit.trace(Conv(), arguments), torch.export.export(Conv(), arguments).module()):
+        torch.testing.assert_close(program(*arguments), expected, rtol=1e-4, atol=1e-5)
+    scripted = torch.jit.script(ball_conv2d_reference)
+    torch.testing.assert_close(scripted(*arguments, None, None, pair, pair, pair, 1), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
+        torch.jit.script(ball_conv2d)
 
 
 @pytest.mark.parametrize(("device", "expected"), [("mps", "reference"), ("meta", "reference"), ("cuda", "torchvision")])

@@ -1,12 +1,15 @@
 """What the backbones share: their arguments, timm's configurations, the making of a network, and its registration."""
 
 import sys
+import time
 from dataclasses import replace
+from functools import lru_cache
 from inspect import signature
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Type
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from timm.models import DefaultCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -51,21 +54,59 @@ def standard_cfgs(theirs: ModuleType, architectures: Iterable[str], convs: Seque
     return cfgs
 
 
+@lru_cache
+def check_hub(repo: str, cache_dir: Optional[str] = None) -> None:
+    """Refuses a repository that was never fetched from where no connection to the Hub can be made.
+
+    huggingface_hub would find that out too, but tries for 50 seconds, and for minutes where a firewall does not answer.
+
+    Args:
+        repo: owner/name or owner/name@revision.
+        cache_dir: By default huggingface_hub's.
+
+    Raises:
+        RuntimeError: Two attempts failed.
+    """
+    owner_name = repo.partition("@")[0]
+    if Path(cache_dir or constants.HF_HUB_CACHE, f"models--{owner_name.replace('/', '--')}").exists():
+        return
+    for last in (False, True):
+        try:
+            get_hf_file_metadata(hf_hub_url(owner_name, "config.json"))
+            return
+        except Exception as error:
+            # a name tells, because the HTTP library differs between versions; any other error is left to the download
+            if not type(error).__name__.startswith("Connect"):
+                return
+            if last:
+                raise RuntimeError(_unfetched(repo, error)) from error
+        time.sleep(1)
+
+
+def _unfetched(repo: str, error: Exception) -> str:
+    return (
+        f"{repo} could not be fetched from {constants.ENDPOINT} "
+        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the network and HF_ENDPOINT; "
+        "HF_HUB_OFFLINE=1 reads the cache alone, pretrained=False starts without weights."
+    )
+
+
 def _create(network: Type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """`build_model_with_cfg`, with one clear RuntimeError where the weights cannot be fetched."""
+    repo = None
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        repo = None if cfg.file or cfg.state_dict else cfg.hf_hub_id
+    if not repo:
+        return build_model_with_cfg(network, variant, pretrained, **kwargs)
+    check_hub(repo, kwargs.get("cache_dir"))
     try:
         return build_model_with_cfg(network, variant, pretrained, **kwargs)
     except Exception as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         # huggingface_hub raises OSErrors, and what the HTTP library below it raises
-        download = isinstance(error, OSError) or type(error).__module__.startswith(("http", "requests", "urllib3"))
-        if not (pretrained and cfg.hf_hub_id and download):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("http", "requests", "urllib3")):
             raise
-        raise RuntimeError(
-            f"{variant}: the weights of {cfg.hf_hub_id} could not be fetched from {constants.ENDPOINT} "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check the network and HF_ENDPOINT; "
-            "HF_HUB_OFFLINE=1 reads the cache alone, pretrained=False starts without weights."
-        ) from error
+        raise RuntimeError(f"{variant}: {_unfetched(repo, error)}") from error
 
 
 def register(

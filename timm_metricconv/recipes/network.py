@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import LAYERS, BallConv2d
+from ..models.registry import check_hub
 from .config import ConfigError
 from .settings import NetworkConfig
 
@@ -46,6 +47,14 @@ def check_images(
         raise ConfigError(f"model: it cannot take images of {shape}: {str(error).rstrip('.')}. {hint}") from error
 
 
+def _repository(name: str) -> Optional[str]:
+    """The Hub's repository from which timm takes a model's weights."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg.hf_hub_id if cfg else None
+
+
 def create_model(
     name: str, model_args: Dict[str, Any], *, pretrained: Optional[bool] = None, num_classes: Optional[int] = None
 ) -> nn.Module:
@@ -63,6 +72,9 @@ def create_model(
     pretrained = ":" in name if pretrained is None else pretrained
     arguments = model_args if num_classes is None else {**model_args, "num_classes": num_classes}
     try:
+        repo = _repository(name) if pretrained and "pretrained_cfg_overlay" not in model_args else None
+        if repo:
+            check_hub(repo)
         model = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model_args: {name} refuses {model_args}: {error}{_neighbour(str(error))}") from error
