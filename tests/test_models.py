@@ -439,6 +439,14 @@ def test_hub_folder_keeps_the_arguments(name, arguments, tmp_path):
     torch.testing.assert_close(fewer.forward_features(x), model.forward_features(x))
 
 
+def test_a_network_that_timms_factory_did_not_make_keeps_its_arguments(tmp_path):
+    """Both parametrizations have six channels, so without `conv_cfg` the default one would take the checkpoint."""
+    model = timm.models.model_entrypoint("test_resnet_metric")(conv_cfg={"parametrization": "spectral"}, stages=[3])
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert [repr(conv) for conv in ball_convs(other).values()] == [repr(conv) for conv in ball_convs(model).values()]
+
+
 def test_geodesic_network(checkpoint):
     """`conv_cfg` makes one: it starts as the standard network does, and TorchScript says the same once it is bent."""
     standard, file = checkpoint("test_resnet")

@@ -130,10 +130,14 @@ def register(
 
     def entry_point(name: str, defaults: Dict[str, Any]) -> Callable[..., nn.Module]:
         def make(pretrained: bool = False, **kwargs) -> nn.Module:
+            own = {key: value for key, value in kwargs.items() if key in signature(network).parameters}
             kwargs["pretrained_filter_fn"] = checkpoint_filter_fn
             # a copy, because timm removes what it has read
             kwargs["feature_cfg"] = {**(feature_cfg or {}), **kwargs.get("feature_cfg", {})}
-            return _create(network, name, pretrained, **{**defaults, **kwargs})
+            model = _create(network, name, pretrained, **{**defaults, **kwargs})
+            # as timm's factory does: without it what was saved would load as the default parametrization
+            model._model_args = own  # type: ignore[assignment]
+            return model
 
         # by these two timm knows a model and its module
         make.__name__, make.__module__, make.__qualname__ = name, module, name
