@@ -410,7 +410,7 @@ def test_unknown_data(name, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     with pytest.raises(ConfigError, match="data: "):
         make_datasets(DataConfig(data=name))
-    with pytest.raises(ConfigError, match=r"data: |data_dir: .* is --data, not --data_dir"):
+    with pytest.raises(ConfigError, match=r"data_dir: .* is --data, not --data_dir"):
         make_datasets(DataConfig(data=name, data_dir=str(folder)))
 
 

@@ -217,9 +217,9 @@ def _folder(root: Path) -> Pictures:
 
 def _dataset(config: DataConfig, train: bool) -> Dataset:
     name, _, part = config.data.partition("/")
-    if config.data_dir != DataConfig.data_dir and (
-        name in ("digits", "mnist", "textures") or Path(config.data).is_dir()
-    ):
+    known = TORCHVISION.get(config.data)
+    downloaded = (known or config.data.startswith(TIMM_PREFIXES)) and not Path(config.data).is_dir()
+    if config.data_dir != DataConfig.data_dir and not downloaded:
         raise ConfigError(
             f"data_dir: {config.data!r} reads nothing there; a folder of images is --data, not --data_dir."
         )
@@ -239,8 +239,7 @@ def _dataset(config: DataConfig, train: bool) -> Dataset:
         if not found:
             raise ConfigError(f"data: {config.data!r} needs the folders train/ and val/, each with a folder per class.")
         return _folder(found[0])
-    known = TORCHVISION.get(config.data)
-    if not known and not config.data.startswith(TIMM_PREFIXES):
+    if not downloaded:
         raise ConfigError(
             f"data: there is no folder {config.data!r}, and it is no data set of ours (digits, mnist, textures, "
             "fashion-mnist, cifar10, cifar100). A data set of timm's create_dataset begins with "
