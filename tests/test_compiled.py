@@ -290,6 +290,7 @@ def test_torchvision_computes_without_numba():
     assert "18" in done.stdout
 
 
+@pytest.mark.slow
 def test_imports_where_nothing_can_be_written():
     """Numba raises where it finds no place for its cache; every process then compiles for itself."""
     code = "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
