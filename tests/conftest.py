@@ -9,6 +9,12 @@ import torch
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_inductor_cache(tmp_path_factory):
+    """torch keeps what it compiled by the names of operators: that of another version of ours would run instead."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
