@@ -54,6 +54,12 @@ def standard_cfgs(theirs: ModuleType, architectures: Iterable[str], convs: Seque
     return cfgs
 
 
+def hub_repository(name: str, pretrained_cfg: Any = None, overlay: Optional[Dict[str, Any]] = None) -> Optional[str]:
+    """The Hub's repository that timm fetches a model's weights from; None where it fetches none."""
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    return None if cfg.file or cfg.state_dict else cfg.hf_hub_id or None
+
+
 @lru_cache
 def check_hub(repo: str, cache_dir: Optional[str] = None) -> None:
     """Refuses a repository that was never fetched from where no connection to the Hub can be made.
@@ -93,11 +99,9 @@ def _unfetched(repo: str, error: Exception) -> str:
 
 def _create(network: Type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """`build_model_with_cfg`, with one clear RuntimeError where the weights cannot be fetched."""
-    repo = None
-    if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        repo = None if cfg.file or cfg.state_dict else cfg.hf_hub_id
-    if not repo:
+    cfgs = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    repo = hub_repository(variant, *cfgs) if pretrained else None
+    if repo is None:
         return build_model_with_cfg(network, variant, pretrained, **kwargs)
     check_hub(repo, kwargs.get("cache_dir"))
     try:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import LAYERS, BallConv2d
-from ..models.registry import check_hub
+from ..models.registry import check_hub, hub_repository
 from .config import ConfigError
 from .settings import NetworkConfig
 
@@ -47,12 +47,14 @@ def check_images(
         raise ConfigError(f"model: it cannot take images of {shape}: {str(error).rstrip('.')}. {hint}") from error
 
 
-def _repository(name: str) -> Optional[str]:
-    """The Hub's repository from which timm takes a model's weights."""
-    if name.startswith("hf-hub:"):
-        return name.removeprefix("hf-hub:")
-    cfg = timm.get_pretrained_cfg(name)
-    return cfg.hf_hub_id if cfg else None
+def _check_hub(name: str, model_args: Dict[str, Any]) -> None:
+    """`check_hub` for timm's own networks too, and for a repository by its name."""
+    source, _, place = name.rpartition(":")
+    repo = place if source == "hf-hub" else None
+    if not source and timm.is_model(name):
+        repo = hub_repository(name, overlay=model_args.get("pretrained_cfg_overlay"))
+    if repo:
+        check_hub(repo)
 
 
 def create_model(
@@ -72,9 +74,8 @@ def create_model(
     pretrained = ":" in name if pretrained is None else pretrained
     arguments = model_args if num_classes is None else {**model_args, "num_classes": num_classes}
     try:
-        repo = _repository(name) if pretrained and "pretrained_cfg_overlay" not in model_args else None
-        if repo:
-            check_hub(repo)
+        if pretrained:
+            _check_hub(name, model_args)
         model = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model_args: {name} refuses {model_args}: {error}{_neighbour(str(error))}") from error
