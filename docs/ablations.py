@@ -59,10 +59,30 @@ class ThirdConv2d(BoundConv2d):
     bound = 0.32
 
 
+class NarrowConv2d(BoundConv2d):
+    """Half of that."""
+
+    bound = 0.25
+
+
+class WideConv2d(BoundConv2d):
+    """A bound of two: B may become singular, mirror the pattern and triple it."""
+
+    bound = 2.0
+
+
 class FreeConv2d(BoundConv2d):
     """B = I + N, as good as unbounded: it may turn by any angle and become singular."""
 
     bound = 1e4
+
+
+class SymmetricConv2d(MetricConv2d):
+    """The default's frame with N symmetric: it stretches within the same bound and does not turn."""
+
+    def _predicted_frame(self, raw):
+        a, b, c, d, *wind = raw.unbind(-1)
+        return super()._predicted_frame(torch.stack((a, (b + c) / 2, (b + c) / 2, d, *wind), -1))
 
 
 class HybridConv2d(MetricConv2d):
@@ -145,7 +165,10 @@ LAYERS |= {
     "wind-1": WindConv2d,
     "wind-2": Wind2Conv2d,
     "frame-0.5": BoundConv2d,
+    "frame-0.25": NarrowConv2d,
+    "frame-2": WideConv2d,
     "frame-free": FreeConv2d,
+    "frame-symmetric": SymmetricConv2d,
     "hybrid-0.25": HybridConv2d,
     "hybrid-1": Hybrid1Conv2d,
     "polynomial-1": LinearConv2d,

@@ -114,10 +114,11 @@ def test_ablations_start_as_the_standard_convolution_and_keep_their_bounds(monke
     finally:
         for name in LAYERS.keys() - known.keys():
             del LAYERS[name]
-    assert made.keys() <= set(compare.OTHERS) and len(made) == 12
+    assert made.keys() <= set(compare.OTHERS) and len(made) == 15
     farthest = {"wind-0.5": 1.95 * 2**0.5 + 0.45, "wind-1": 1.95 * 2**0.5 + 0.9, "wind-2": 1.95 * 2**0.5 + 1.8}
     farthest |= {"metric-normed": 1.95 * (2**0.5 + 0.9), "frame-0.32": 1.32 * (2**0.5 + 0.9)}
-    farthest |= {"frame-0.5": 1.5 * (2**0.5 + 0.9), "polynomial-1": 2 * 2**0.5, "polynomial-2": 2 * 2**0.5}
+    farthest |= {f"frame-{bound}": (1 + bound) * (2**0.5 + 0.9) for bound in (0.25, 0.5, 2)}
+    farthest |= {"frame-symmetric": 1.95 * (2**0.5 + 0.9), "polynomial-1": 2 * 2**0.5, "polynomial-2": 2 * 2**0.5}
     farthest |= {f"hybrid-{r}": 1.95 * (2**0.5 + 0.9) + r * 2**0.5 for r in (0.25, 1)}
     conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 7, 7)
     for name, cls in made.items():
