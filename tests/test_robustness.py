@@ -436,9 +436,10 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
     finally:
         process.kill()
     assert process.returncode == 1
-    # a lost interrupt leaves Python's own note about it
-    assert errors.endswith("interrupted: the same command goes on from the last checkpoint, if there is one.\n")
-    assert "Exception ignored" in errors or errors.count("\n") == 1
+    message = "interrupted: the same command goes on from the last checkpoint, if there is one.\n"
+    assert message in errors
+    # Python's own words may stand beside it: of an interrupt that it lost, of a loader's process that was being forked
+    assert workers or "Exception ignored" in errors or errors == message
     assert not (config.folder / "summary.json").exists()
     trainer = recipes["module"]
     checkpoints = trainer._Checkpoints(config.folder, trainer._Trainer(config, True, None).accelerator)
