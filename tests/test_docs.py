@@ -7,9 +7,11 @@ import pkgutil
 import re
 import runpy
 import shlex
+from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ pytest.importorskip("pydantic", reason="needs the extra [recipes]")
 
 from timm_metricconv import DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.config import ConfigError, build, from_command_line
+from timm_metricconv.recipes.intervals import mean_interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -228,6 +231,66 @@ def test_a_table_that_differs_is_found(tmp_path):
     for wrong in (*wrongs, more):
         with pytest.raises(AssertionError, match=r"a\.csv"):
             check_tables(wrong, tmp_path)
+
+
+DIFFERENCE = re.compile(r"([+−-]?\d+\.\d) \[([+−-]?\d+\.\d), ([+−-]?\d+\.\d)\]")
+
+
+def differences(root):
+    """Every difference of two rows of results by seed, and of two such differences, each with its interval, rounded.
+
+    The second is what a gain has more of in one start, or with one set of data, than in another.
+    """
+    scores = {}
+    for file in sorted((root / "results").glob("*.csv")):
+        for row in read_csv(file):
+            score = row.get("dice") or row.get("top1")
+            if score and "seeds" in row:
+                by_seed = dict(zip(row["seeds"].split(), map(float, score.split()), strict=True))
+                scores[(file.name, row["init"], row["kernel"]), row["conv"]] = by_seed
+
+    def minus(a, b):
+        return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+    single = {(a, b): minus(scores[a], scores[b]) for a in scores for b in scores if a != b}
+    gains = defaultdict(list)
+    for ((where, ours), (also, theirs)), gain in single.items():
+        if where == also:
+            gains[ours, theirs].append(gain)
+    double = [minus(a, b) for several in gains.values() for a in several for b in several if a is not b]
+    by_length = defaultdict(list)
+    for difference in [*single.values(), *double]:
+        by_length[len(difference)].append(list(difference.values()))
+    found = set()
+    for length, values in by_length.items():
+        if length > 1:
+            array = np.array(values).T
+            found |= set(zip(*(column.round(1) for column in (array.mean(0), *mean_interval(array))), strict=True))
+    return found
+
+
+def check_differences(text, found):
+    """Each `1.2 [0.3, 2.1]` outside a table from a file is one of them; a page may show it as a loss."""
+    for shown in DIFFERENCE.finditer(" ".join(TABLE.sub("", text).split())):
+        numbers = tuple(float(number.replace("−", "-")) for number in shown.groups())
+        assert numbers in found, f"no results say {shown[0]}"
+
+
+def test_differences_in_prose_are_what_the_results_say():
+    found = differences(ROOT)
+    for page in PAGES:
+        check_differences(page.read_text(), found)
+
+
+def test_a_difference_that_no_results_say_is_found(tmp_path):
+    (tmp_path / "results").mkdir()
+    rows = ["conv,init,kernel,seeds,top1", "m,s,l,0 1 2,3 4 8", "n,s,l,0 1 2,1 3 3", "m,t,l,0 1,5 5", "n,t,l,0 1,1 6"]
+    (tmp_path / "results" / "a.csv").write_text("\n".join(rows) + "\n")
+    found = differences(tmp_path)
+    check_differences("2.7 [−2.5,\n+7.8] and −2.7 [−7.8, 2.5]; 1.5 [-30.3, 33.3]; of the two 0.0 [−25.4, 25.4]", found)
+    for wrong in ("2.8 [−2.5, 7.8]", "2.7 [−2.5, 7.9]", "+2.7 [2.5, 7.8]"):
+        with pytest.raises(AssertionError, match="no results say"):
+            check_differences(f"a gain of {wrong}", found)
 
 
 def test_navigation_has_every_page():
