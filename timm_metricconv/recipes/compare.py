@@ -26,7 +26,12 @@ CONVS = ("standard", *reversed(FAMILIES))
 # Run where they are named.
 OTHERS = tuple(name for name in LAYERS if name not in CONVS)
 # Convolutions that differ from another, `conv`, by these arguments of the model or of the training.
-VARIANTS = {"metric-geodesic": {"conv": "metric", "model_args": {"conv_cfg": {"ball": "geodesic"}}}}
+_ON_RAYS = {"sampling": "rays", "parametrization": "logspd", "eps_omega": 0.5}  # the default of 0.2.0
+VARIANTS = {
+    "deform-bounded": {"conv": "deform", "model_args": {"conv_cfg": {"max_offset": 1.0}}},
+    "metric-geodesic": {"conv": "metric", "model_args": {"conv_cfg": {"ball": "geodesic"}}},
+    "metric-rays": {"conv": "metric", "model_args": {"conv_cfg": _ON_RAYS}},
+}
 _COLOURS = {
     "standard": "#555555",
     "shifted": "#E69F00",
