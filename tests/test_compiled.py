@@ -1,5 +1,6 @@
 """The compiled CPU backend where `test_ops.py` does not look: random shapes, memory layouts, threads and processes."""
 
+import hashlib
 import os
 import random
 import subprocess
@@ -277,6 +278,11 @@ def test_works_in_a_fork_of_a_process_that_has_used_it(threads, monkeypatch):
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for out in loader:
         assert torch.equal(out, expected)
+
+
+def test_machine_code_on_disk_is_of_these_registers():
+    digest = hashlib.sha256(Path(compiled.__file__).with_name("registers.py").read_text().encode()).hexdigest()[:16]
+    assert digest == compiled.REGISTERS_DIGEST, f"registers.py changed: compiled.REGISTERS_DIGEST is {digest!r} now"
 
 
 def test_torchvision_computes_without_numba():

@@ -9,7 +9,7 @@ from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models import resnet18
 
-from timm_metricconv import LAYERS, BallConv2d, convert
+from timm_metricconv import LAYERS, BallConv2d, MetricConv2d, convert
 
 NETWORKS = {
     "convnext": lambda: timm.create_model("convnext_atto", num_classes=5),
@@ -171,6 +171,8 @@ def test_converted_network_is_left_alone():
 def test_what_computes_something_else_stays(conv):
     model = nn.Sequential(conv)
     assert convert(model, "metric") == {} and model[0] is conv
+    with pytest.raises(ValueError, match=r"conv: no MetricConv2d computes what .*: .*(expected|uneven)"):
+        MetricConv2d.from_conv(conv)
 
 
 def test_arguments_of_the_layers():

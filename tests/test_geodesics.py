@@ -432,3 +432,13 @@ def test_wild_fields_and_far_radii_stay_finite(dtype):
 
 def test_empty_batch():
     assert geodesic_positions(random_fields(0, 3, 4), lattice(), steps=1).shape == (0, 9, 2, 3, 4)
+
+
+def test_torch_func_differentiates():
+    fields, points = random_fields(1, 5, 4), PATTERNS["lattice"](3, (1, 1)).double()
+
+    def energy(fields):
+        return geodesic_positions(fields, points, 2).square().sum()
+
+    leaf = fields.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(energy)(fields), torch.autograd.grad(energy(leaf), leaf)[0])

@@ -340,6 +340,21 @@ def test_compilers(variant, compiler):
 def test_an_image_without_a_batch(variant):
     layer, x = bend(build(variant, 4, 6, 3)), torch.randn(4, 6, 5)
     assert torch.equal(layer(x), layer(x[None])[0])
+    assert torch.equal(layer.positions(x), layer.positions(x[None])[0])
+    for alone, first in zip(layer.centres(x), layer.centres(x[None]), strict=True):
+        assert torch.equal(alone, first)
+    if isinstance(layer, MetricConv2d):
+        for alone, batch in zip(layer.metric(x), layer.metric(x[None]), strict=True):
+            assert torch.equal(alone, batch[0])
+
+
+@variants
+def test_weights_may_be_loaded_in_inference_mode(variant):
+    layer, x = build(variant, 4, 6, 3), torch.randn(1, 4, 6, 5)
+    with torch.inference_mode():
+        layer.load_state_dict(bend(build(variant, 4, 6, 3)).state_dict())
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
 
 
 @variants
@@ -447,6 +462,10 @@ def test_papers_start_of_the_kernel_and_of_offsets(variant):
         ({"metric_groups": 0}, "metric_groups=0"),
         ({"metric_groups": 3}, "metric_groups=3.*in_channels=4"),
         ({"modulated": "softmax"}, "modulated='softmax'.*'unbounded'"),
+        ({"modulated": 1}, "modulated=1.*'unbounded'"),
+        ({"bias": "no"}, "bias='no': expected True or False"),
+        ({"fixed_kernel": "no"}, "fixed_kernel='no': expected True or False"),
+        ({"separable_predictor": 0}, "separable_predictor=0: expected True or False"),
         ({"init": "kaiming"}, "init='kaiming'.*identity, paper"),
         ({"backend": "cudnn"}, "backend='cudnn'.*torchvision"),
     ],
@@ -484,10 +503,12 @@ def test_bad_arguments_of_metric_layers(arguments, message):
 @variants
 def test_bad_inputs(variant):
     layer = build(variant, 4, 6, 3)
-    with pytest.raises(ValueError, match=r"input: expected \[B, C_in, H, W\]"):
-        layer(torch.randn(6, 5))
-    with pytest.raises((ValueError, RuntimeError), match="3 channels"):
-        layer(torch.randn(1, 3, 6, 5))
+    methods = [layer, layer.positions, *([layer.metric] if isinstance(layer, MetricConv2d) else [])]
+    for method in methods:
+        with pytest.raises(ValueError, match=r"input: expected \[B, C_in, H, W\]"):
+            method(torch.randn(6, 5))
+        with pytest.raises(ValueError, match="got 3 channels"):
+            method(torch.randn(1, 3, 6, 5))
 
 
 @variants

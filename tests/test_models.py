@@ -721,10 +721,18 @@ def test_papers_arguments_are_json():
 
 @tiny_resnets
 def test_init_weights_restores_the_identity(name):
-    model = create(name)
+    """And starts everything else anew, as it does timm's network."""
+    model, standard = create(name), timm.create_model("test_resnet", num_classes=10)
+    for parameter in (*model.parameters(), *standard.parameters()):
+        nn.init.constant_(parameter, 7.0)
     model.init_weights()
-    for conv in ball_convs(model).values():
+    standard.init_weights()
+    left = {key for key, value in standard.named_parameters() if (value == 7).any()}  # timm's leaves biases alone
+    assert {key for key, value in model.named_parameters() if (value == 7).any()} == left
+    for key, conv in ball_convs(model).items():
         assert not conv.predictor.weight.any() and not conv.predictor.bias.any()
+        spread = standard.get_submodule(key).weight.std()
+        assert abs(conv.weight.std() / spread - 1) < 0.1, key
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -142,7 +142,9 @@ def _flow(
         else:
             arguments = table, start, x, y, turn, samples_x, samples_y, length, part, number == 0, spacing
             differentiated = table.requires_grad and torch.is_grad_enabled()
-            if differentiated and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            followed = followed or torch._C._are_functorch_transforms_active()
+            if differentiated and not followed:  # a checkpoint works with none of them
                 state = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = _step(*arguments)

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.modules.utils import _pair
 
 from ..geometry import PATTERNS
 from ..ops import BACKENDS, Samples, ball_conv2d, place
+from ..ops.dispatch import IntPair, int_pair
 from ..ops.reference import ball_conv2d_reference, first_centre
 
-IntPair = Union[int, Sequence[int]]
 INITS = ("identity", "paper")
 MODULATIONS = (False, True, "unbounded")
 
@@ -23,11 +22,19 @@ def _choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def _int_pair(name: str, value: IntPair, least: int) -> Tuple[int, int]:
-    pair = tuple(_pair(value)) if isinstance(value, (int, tuple, list)) else ()
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}, or two of them.")
-    return pair[0], pair[1]
+def why_not(conv: nn.Module) -> Optional[str]:
+    """Why no layer of the family can stand for a convolution, or None where one can."""
+    if type(conv) is not nn.Conv2d:  # standardised weights, TensorFlow's padding: they compute something else
+        return f"it is a {type(conv).__name__}, expected an nn.Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}, expected 'zeros'"
+    if "weight" not in conv._parameters:
+        return "weight_norm, spectral_norm or pruning makes its kernel anew at each call"
+    if conv.kernel_size[0] != conv.kernel_size[1]:
+        return f"kernel_size={conv.kernel_size}, expected a square"
+    if conv.padding == "same" and any(d * (conv.kernel_size[0] - 1) % 2 for d in conv.dilation):
+        return "padding='same' is uneven where dilation·(k − 1) is odd"
+    return None
 
 
 class BallConv2d(nn.Module):
@@ -91,7 +98,7 @@ class BallConv2d(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.kernel_size = _int_pair("kernel_size", kernel_size, 1)
+        self.kernel_size = int_pair("kernel_size", kernel_size, 1)
         k = self.kernel_size[0]
         if k != self.kernel_size[1]:
             raise ValueError(f"kernel_size={kernel_size!r}: a ball has one size, the kernel must be square.")
@@ -103,16 +110,20 @@ class BallConv2d(nn.Module):
             raise ValueError(f"groups={groups}: must divide in_channels={in_channels} and out_channels={out_channels}.")
         if in_channels % metric_groups:
             raise ValueError(f"metric_groups={metric_groups}: must divide in_channels={in_channels}.")
-        if modulated not in MODULATIONS:
+        switches = {"bias": bias, "fixed_kernel": fixed_kernel, "separable_predictor": separable_predictor}
+        for name, value in switches.items():
+            if not isinstance(value, bool):  # a word such as "no" would mean yes
+                raise ValueError(f"{name}={value!r}: expected True or False.")
+        if not isinstance(modulated, (bool, str)) or modulated not in MODULATIONS:
             raise ValueError(f"modulated={modulated!r}: expected one of {', '.join(map(repr, MODULATIONS))}.")
         if backend is not None:
             _choice("backend", backend, list(BACKENDS))
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.metric_groups = metric_groups
-        self.stride = _int_pair("stride", stride, 1)
-        self.dilation = _int_pair("dilation", dilation, 1)
+        self.stride = int_pair("stride", stride, 1)
+        self.dilation = int_pair("dilation", dilation, 1)
         same = (self.dilation[0] * (k // 2), self.dilation[1] * (k // 2))
-        self.padding = same if padding is None else _int_pair("padding", padding, 0)
+        self.padding = same if padding is None else int_pair("padding", padding, 0)
         self.modulated, self.fixed_kernel, self.backend = modulated, fixed_kernel, backend
         self.separable_predictor = separable_predictor
         # for TorchScript, which knows one type for an attribute
@@ -162,8 +173,10 @@ class BallConv2d(nn.Module):
     def _tabulate(self) -> None:
         """(Re)makes the pattern's points on the device of the kernel, in float32 at least: never rounded to bf16."""
         points = PATTERNS[self.pattern](self.kernel_size[0], self.dilation)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.register_buffer("points", points.to(self.weight.device, dtype), persistent=False)
+        self.register_buffer("points", points.to(self.weight.device, self._points_dtype()), persistent=False)
+
+    def _points_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     def init_non_persistent_buffers(self) -> None:
         """timm's name for this: transformers calls it on networks that were made without memory, on the meta device."""
@@ -171,7 +184,8 @@ class BallConv2d(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._tabulate()  # with assign=True the kernel may have come from the meta device
+        if (self.points.device, self.points.dtype) != (self.weight.device, self._points_dtype()):
+            self._tabulate()  # with assign=True the kernel may be another one, and have come from the meta device
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -208,10 +222,15 @@ class BallConv2d(nn.Module):
         Args:
             conv: Square kernel, zero padding.
             **conv_cfg: Arguments of the layer that `nn.Conv2d` does not have.
+
+        Raises:
+            ValueError: It computes what no layer here does; the message says why.
         """
+        reason = why_not(conv)
+        if reason is not None:
+            raise ValueError(f"conv: no {cls.__name__} computes what this one does: {reason}.")
         padding = conv.padding
         if isinstance(padding, str):
-            # torch pads "same" by dilation·(k − 1) in all, on both sides alike where that is even
             spans = zip(conv.dilation, conv.kernel_size, strict=True)
             padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for d, k in spans)
         layer = cls(
@@ -233,10 +252,9 @@ class BallConv2d(nn.Module):
 
     def out_size(self, x: Tensor) -> List[int]:
         """(H_out, W_out) for an input."""
-        return [
-            (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0] + 1,
-            (x.shape[3] + 2 * self.padding[1] - self.dilation[1] * (self.kernel_size[1] - 1) - 1) // self.stride[1] + 1,
-        ]
+        height = x.shape[-2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1
+        width = x.shape[-1] + 2 * self.padding[1] - self.dilation[1] * (self.kernel_size[1] - 1) - 1
+        return [height // self.stride[0] + 1, width // self.stride[1] + 1]
 
     def predict(self, x: Tensor) -> Tensor:
         """Raw channels `[B, channels, H_out, W_out]`, in float32 at least."""
@@ -259,12 +277,15 @@ class BallConv2d(nn.Module):
         """Where each output pixel reads.
 
         Args:
-            x: Input `[B, C_in, H, W]`.
+            x: Input `[B, C_in, H, W]`, or without B, as what is returned.
 
         Returns:
             `[B, G·K, 2, H_out, W_out]` as (x, y) in pixels of x, from the centre of the kernel's receptive field.
             float32, also under autocast; float64 in a float64 layer.
         """
+        if x.dim() == 3:
+            return self.positions(x[None])[0]
+        self._check(x)
         return place(self.samples(self.predict(x)))
 
     @torch.jit.ignore
@@ -282,7 +303,7 @@ class BallConv2d(nn.Module):
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         return self._of_batch(x[None])[0] if x.dim() == 3 else self._of_batch(x)
 
-    def _of_batch(self, x: Tensor) -> Tensor:
+    def _check(self, x: Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(f"input: expected [B, C_in, H, W] or [C_in, H, W], got {x.shape}.")
         if x.shape[1] != self.in_channels:
@@ -294,6 +315,9 @@ class BallConv2d(nn.Module):
                     f"input: {x.shape} with padding={self.padding} is smaller than the receptive field {field} of "
                     f"kernel_size={self.kernel_size} with dilation={self.dilation}."
                 )
+
+    def _of_batch(self, x: Tensor) -> Tensor:
+        self._check(x)
         raw = self.predict(x)
         samples, mask = self.samples(raw), self.density(raw)
         if torch.jit.is_scripting():

@@ -236,12 +236,16 @@ class MetricConv2d(BallConv2d):
         """The predicted metric.
 
         Args:
-            x: Input `[B, C_in, H, W]`.
+            x: Input `[B, C_in, H, W]`, or without B, as what is returned.
 
         Returns:
             M `[B, 2, 2, H_out, W_out]`, symmetric positive definite, and ω `[B, 2, H_out, W_out]`, as (x, y), in units
             of one over pixels. With `metric_groups` above 1 the groups are a dimension after B.
         """
+        if x.dim() == 3:
+            m, omega = self.metric(x[None])
+            return m[0], omega[0]
+        self._check(x)
         m, omega = self._metric(self._channels(self.predict(x))).tensors()
         m, omega = m.permute(0, 3, 4, 5, 1, 2), omega.permute(0, 3, 4, 1, 2)
         return (m[:, 0], omega[:, 0]) if self.metric_groups == 1 else (m, omega)
@@ -260,7 +264,8 @@ def init_predictor(
     """Initialises a predictor of metrics, and of masks after them; see `MetricConv2d.reset_predictor`."""
     assert predictor.bias is not None, "predictors have one"
     shape, device = predictor.weight.shape, predictor.weight.device
-    weight, bias = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.float64, device=device)
+    dtype = torch.promote_types(predictor.bias.dtype, torch.float32)
+    weight, bias = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=dtype, device=device)
     if init == "identity":
         values = torch.tensor(row.identity(scale), dtype=bias.dtype, device="cpu")
         bias[: metric_groups * row.channels].view(metric_groups, row.channels)[:, : row.channels - 2] = values.to(bias)

@@ -98,11 +98,13 @@ class BallResNet(resnet.ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """As timm's, which runs Kaiming over every `nn.Conv2d`, predictors included: those get their own back."""
+        """As timm's, which runs Kaiming over every `nn.Conv2d`; of an adaptive one over its kernel alone."""
         super().init_weights(zero_init_last=zero_init_last)
         for module in self.modules():
             if isinstance(module, BallConv2d):
-                module.reset_predictor()
+                module.reset_parameters()
+                if module.init == "identity":
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 _BLOCKS: Dict[str, Dict[str, Any]] = {

@@ -6,22 +6,10 @@ from typing import Callable, Dict, List, Optional, Sequence, Union
 from torch import nn
 
 from ..layers import LAYERS, BallConv2d
+from ..layers.ball_conv import why_not
 from .checkpoints import supply_predictors
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2d], bool]]
-
-
-def _convertible(conv: nn.Module) -> bool:
-    # Subclasses of nn.Conv2d (standardised weights, TensorFlow padding) compute something else, so they stay.
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
-        return False
-    if "weight" not in conv._parameters:  # weight_norm, spectral_norm or pruning makes it anew at each call
-        return False
-    k = conv.kernel_size
-    if k[0] != k[1] or k[0] == 1:
-        return False
-    # torch pads "same" unevenly where dilation·(k − 1) is odd
-    return conv.padding != "same" or all(d * (k[0] - 1) % 2 == 0 for d in conv.dilation)
 
 
 def _selector(where: Optional[Where]) -> Callable[[str, nn.Conv2d], bool]:
@@ -64,7 +52,10 @@ def convert(model: nn.Module, conv: str = "metric", where: Optional[Where] = Non
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BallConv2d))
     candidates = {
-        name: module for name, module in modules.items() if _convertible(module) and not name.startswith(inside)
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1
+        if why_not(module) is None and not name.startswith(inside)
     }
     chosen = {name: module for name, module in candidates.items() if selected(name, module)}
     if where is not None and not chosen:

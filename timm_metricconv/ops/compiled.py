@@ -55,6 +55,8 @@ CACHED_NUMBERS, CACHED_PIXELS = 2**18, 64
 # Numbers that the kernels' gradients of all units may have before they are added up.
 GRADIENT_NUMBERS = 2**21
 PROCESS = os.getpid()
+# Of registers.py. Numba keeps machine code on disk for as long as this file alone stays what it is.
+REGISTERS_DIGEST = "f06fb9039199a387"
 
 _inlined = numba.njit(forceinline=True)
 

@@ -80,9 +80,9 @@ def choose(x: Tensor, source: Tensor, weight: Tensor, groups: int, backend: Opti
     Raises:
         ValueError: There is no backend of that name, or it cannot compute the call; the message says why.
     """
-    for name in (backend, PREFERRED):
+    for what, name in (("backend", backend), ("the environment variable TIMM_METRICCONV_BACKEND", PREFERRED)):
         if name is not None and name not in BACKENDS:
-            raise ValueError(f"backend={name!r}: expected one of {', '.join(BACKENDS)}.")
+            raise ValueError(f"{what}={name!r}: expected one of {', '.join(BACKENDS)}.")
     if backend is not None:
         reason = BACKENDS[backend].why_not(x, source, weight, groups)
         if reason is not None:
@@ -95,10 +95,19 @@ def choose(x: Tensor, source: Tensor, weight: Tensor, groups: int, backend: Opti
     return next(name for name in names if BACKENDS[name].why_not(x, source, weight, groups) is None)
 
 
+def int_pair(name: str, value: IntPair, least: int) -> Tuple[int, int]:
+    """(vertical, horizontal) of an argument that `nn.Conv2d` has too, or a ValueError that names it."""
+    pair = tuple(_pair(value)) if isinstance(value, (int, tuple, list)) else ()
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}, or two of them.")
+    return pair[0], pair[1]
+
+
 def _check(
     x: Tensor,
     samples: Union[Tensor, Samples],
     weight: Tensor,
+    bias: Optional[Tensor],
     mask: Optional[Tensor],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -107,6 +116,8 @@ def _check(
 ) -> None:
     if x.dim() != 4:
         raise ValueError(f"x: expected [B, C_in, H, W], got {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected real floating-point numbers, got {x.dtype}.")
     if weight.dim() not in (3, 4):
         raise ValueError(
             f"weight: expected [C_out, C_in/groups, k, k] or taps [C_out, C_in/groups, K], got {tuple(weight.shape)}."
@@ -115,6 +126,8 @@ def _check(
         raise ValueError(
             f"weight: shape {tuple(weight.shape)} with groups={groups} does not fit an input of {x.shape[1]} channels."
         )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected [C_out] = {(weight.shape[0],)}, got {tuple(bias.shape)}.")
     size = weight.shape[2:] if weight.dim() == 4 else (1, 1)
     out = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     taps = weight.shape[2:].numel()
@@ -187,7 +200,7 @@ def ball_conv2d(
 
     Raises:
         ValueError: A shape does not fit, or the backend is unknown or cannot compute this call.
-        TypeError: Samples in half precision or of integers.
+        TypeError: An input of integers or complex numbers, or samples in half precision or of integers.
 
     Example:
         >>> x, weight = torch.randn(1, 8, 5, 6), torch.randn(4, 8, 3, 3)
@@ -195,8 +208,13 @@ def ball_conv2d(
         >>> ball_conv2d(x, positions, weight, padding=1).shape
         torch.Size([1, 4, 5, 6])
     """
-    geometry = list(_pair(stride)), list(_pair(padding)), list(_pair(dilation)), groups
-    _check(x, samples, weight, mask, *geometry)
+    geometry = (
+        list(int_pair("stride", stride, 1)),
+        list(int_pair("padding", padding, 0)),
+        list(int_pair("dilation", dilation, 1)),
+        groups,
+    )
+    _check(x, samples, weight, bias, mask, *geometry)
     dtype = _autocast(x)
     source = samples if isinstance(samples, Tensor) else samples.fields
     bias = None if bias is None else bias.to(dtype)

@@ -1,7 +1,4 @@
-"""Registers of sixteen float32 numbers as a type of Numba, for the kernels of `compiled`.
-
-After a change here `touch compiled.py`: Numba's cache on disk looks at the time of that file alone.
-"""
+"""Registers of sixteen float32 numbers as a type of Numba, for the kernels of `compiled`."""
 
 import math
 import operator
