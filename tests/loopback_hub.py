@@ -1,7 +1,8 @@
 """A Hub on this machine: enough of huggingface.co's HTTP API for `huggingface_hub` itself, via HF_ENDPOINT.
 
-`LoopbackHub` is a context manager. It serves downloads (HEAD and GET with ETag and ranges), creates repositories, takes
-commits of regular files, and validates the metadata of a card. `cuts` breaks downloads off in the middle.
+`LoopbackHub` is a context manager; before it is entered, its port refuses connections. It serves downloads (HEAD and
+GET with ETag and ranges), creates repositories, takes commits of regular files, and validates the metadata of a card.
+`cuts` breaks downloads off in the middle.
 """
 
 import base64
@@ -144,11 +145,14 @@ class LoopbackHub:
         self.repos: Dict[str, Dict[str, bytes]] = {}
         self.requests: List[str] = []
         self.cuts = 0
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
         self.server.daemon_threads = True
+        self.server.server_bind()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "LoopbackHub":
+        self.server.server_activate()
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 

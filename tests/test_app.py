@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,7 @@ def test_the_space_names_what_exists(app):
 @pytest.fixture
 def url(tmp_path):
     """The page, served by the documented command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    places = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_TEMP_DIR": str(tmp_path)}
+    places = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_TEMP_DIR": str(tmp_path)}
     path = os.pathsep.join([str(DEMO.parent), os.environ.get("PYTHONPATH", "")])
     server = subprocess.Popen(
         [sys.executable, "-u", str(DEMO / "app.py")],
@@ -128,7 +126,7 @@ def url(tmp_path):
                 break
         else:
             pytest.fail("".join(said))
-        yield f"http://127.0.0.1:{port}/"
+        yield re.search(r"http://127.0.0.1:\d+", line)[0] + "/"
     finally:
         server.kill()
         server.communicate()
@@ -145,6 +143,7 @@ def browser(tmp_path):
     for flag in (
         *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
         *("disable-component-update", "disable-sync", "hide-scrollbars", "window-size=1440,1800"),
+        "disable-dev-shm-usage",
         f"user-data-dir={tmp_path / 'profile'}",
     ):
         options.add_argument(f"--{flag}")
@@ -154,6 +153,7 @@ def browser(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_page_in_a_browser(browser, url, tmp_path):
     """Every control changes its picture and no other, a broken file is told, and nothing is asked of another server."""
     from selenium.webdriver import ActionChains, Keys
@@ -177,7 +177,12 @@ def test_the_page_in_a_browser(browser, url, tmp_path):
         def new():
             return [name for name, old, now in zip(everything, before, sources(), strict=True) if now and old != now]
 
-        wait.until(lambda _: set(new()) >= set(expected))
+        def settled(_):
+            now = sources()
+            time.sleep(2)
+            return sources() == now and set(new()) >= set(expected)
+
+        wait.until(settled)
         return new() == list(expected)
 
     wait = WebDriverWait(browser, 120, poll_frequency=0.5)

@@ -275,7 +275,7 @@ def test_works_in_a_fork_of_a_process_that_has_used_it(threads, monkeypatch):
     monkeypatch.setattr(compiled, "THREAD_NUMBERS", 1)
     data = Convolved(threads)
     expected = data.function(**data.leaves)
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=240)
     for out in loader:
         assert torch.equal(out, expected)
 

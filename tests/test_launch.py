@@ -53,6 +53,7 @@ def untimed(records):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
     """A machine is killed in the middle of a run; another goes on after its last epoch, and the table is the same."""
     set_threads(1)  # what Ray gives a task that has one core; sums in another order end in other bits
@@ -80,7 +81,7 @@ def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
         assert 1 <= done < TRAIN["epochs"], (tmp_path / "log").read_text()
         (first / ".lock").write_text("1\nlost.machine\n")  # all nodes of this cluster have one name
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
-        assert command.wait() == 0, (tmp_path / "log").read_text()
+        assert command.wait(600) == 0, (tmp_path / "log").read_text()
     finally:
         command.kill()
     # the seconds of an epoch are in its row: the epochs before the loss were not trained again
@@ -90,6 +91,7 @@ def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_refusals_cross_the_wire(cluster, tmp_path):
     """What stops a run stops the comparison with the run's own words, and a defect keeps its traceback."""
     config = LaunchConfig(launcher="ray")

@@ -451,7 +451,8 @@ def test_compiles_without_a_break(backend):
     compare(outputs_and_gradients(compiled, tensors, {}), outputs_and_gradients(function, tensors, {}), 1e-6)
 
 
-@backends
+# the reference's gradients are torch's index_put, which adds with atomics
+@pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "reference"])
 def test_gradients_are_deterministic(backend, set_threads):
     """The same bits twice, with many samples on one pixel and several threads."""
     set_threads(2)

@@ -32,7 +32,7 @@ DISTRIBUTION = {
 }
 # Measured beside ours where it is installed: no dependency.
 RIVALS = {"deformops"}
-BY_NAME = {"find_spec", "import_module", "importorskip", "_need"}
+BY_NAME = {"find_spec", "import_module", "importorskip", "need"}
 OUTER = ("recipes/", "viz.py")  # what the extras are for
 
 
@@ -83,9 +83,8 @@ def test_wheel_has_every_module_and_configuration(tmp_path):
     """And the source archive what the wheel is built from."""
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "docs", "results", "runs", "*.egg-info")
-    )
+    left = shutil.ignore_patterns(".*", "__pycache__", "build", "docs", "results", "runs", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=left)
     for build in ("wheel", "sdist"):
         code = f"from setuptools import build_meta; build_meta.build_{build}({str(tmp_path)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)

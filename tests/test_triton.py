@@ -23,9 +23,14 @@ def test_parity():
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     root = Path(__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join((str(root), environment.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "triton_parity.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=900"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "triton_parity.py"],
+        cwd=Path(__file__).parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:]
