@@ -1,6 +1,7 @@
 """The comparison end to end on a part of the digits."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -19,6 +20,7 @@ from timm_metricconv.recipes import train as training
 from timm_metricconv.recipes.compare import Cell, CompareConfig, compare
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.network import build_model
+from timm_metricconv.recipes.run import locked, write_config
 
 KEYS = [
     "conv", "init", "kernel", "seeds", "top1_mean", "top1_std", "top1", "top5_mean", "top5_std",
@@ -154,6 +156,8 @@ def test_a_smaller_command_keeps_what_was_complete(tmp_path):
         ({"conv": ["metric", "metric"]}, "conv: expected different ones"),
         ({"train": {"seed": 7}}, r"train\.seed: the comparison sets it"),
         ({"train": {"model": "resnet50"}}, r"train\.model: the comparison sets it"),
+        ({"train": {"kernels": ["conv1"]}}, r"train\.kernels: the comparison sets it"),
+        ({"variants": {"bent": {"conv": "metric", "train": {"kernels": []}}}}, r"train\.kernels: the comparison"),
     ],
 )
 def test_what_would_be_counted_twice_or_overridden(changes, message, tmp_path):
@@ -222,6 +226,7 @@ def test_every_network_starts_alike(tmp_path, conv, kernel, init):
         ({"source": {"epochs": 0}}, "epochs: expected a number greater than 0"),
         ({"conv": ["metrik"]}, "conv: expected some of"),
         ({"variants": {"metric": {"conv": "metric"}}}, r"variants\.metric: expected a name of its own"),
+        ({"variants": {"metric-rays": {"conv": "metric"}}}, r"variants\.metric-rays: expected a name of its own"),
         ({"variants": {"bent": {"conv": "metrik"}}}, r"variants\.bent: .* conv \(one of"),
         ({"variants": {"bent": {"conv": "metric", "conv_cfg": {}}}}, r"variants\.bent: .* model_args"),
         ({"variants": {"bent": {"conv": "metric", "train": {"seed": 1}}}}, r"train\.seed: the comparison sets it"),
@@ -244,3 +249,40 @@ def test_a_variant_changes_what_it_names(tmp_path):
     assert [run.predictor_lr for run in runs] == [0.1, 0.5] and runs[0].epochs == runs[1].epochs
     assert [run.model_args["conv_cfg"] for run in runs] == [{"eps_omega": 0.9}, {"eps_omega": 0.9, "pattern": "onion"}]
     assert {run.model for run in runs} == {"test_resnet_metric"} and runs[1].model_args["stem"] == "cifar"
+
+
+def test_what_a_variant_costs_is_what_its_runs_cost(tmp_path):
+    larger = {"conv": "metric", "train": {"input_size": 16}}
+    config = tiny(tmp_path, variants={"larger": larger})
+    metric, variant = (compare_module._cost(config, conv) for conv in ("metric", "larger"))
+    assert variant["params"] == metric["params"] and variant["gmacs"] == pytest.approx(4 * metric["gmacs"], rel=0.1)
+
+
+def test_runs_of_another_variant_of_that_name_are_not_averaged(tmp_path):
+    """A folder's variants may be defined in the package by now: the same ones go on, others are refused."""
+    built_in = compare_module.VARIANTS["deform-bounded"]
+    folder = tmp_path / "compare" / "deform-bounded-scratch-learnable-seed0"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").touch()
+
+    def begin(**variants):
+        write_config(tiny(tmp_path, conv=["standard", *variants], variants=variants))
+
+    begin(**{"deform-bounded": built_in, "wide": {"conv": "deform"}})
+    config = tiny(tmp_path, conv=["deform-bounded"], variants={"deform-bounded": built_in})
+    compare_module._check(config)
+    for command in (config, tiny(tmp_path, conv=["deform-bounded"])):
+        assert compare_module._with_earlier_rows(command).conv == ["standard", "deform-bounded", "wide"]
+    with pytest.raises(ConfigError, match=r"variants\.wide: expected .*'deform'}, .* got .*'metric'"):
+        compare(tiny(tmp_path, conv=["wide"], variants={"wide": {"conv": "metric"}}))
+    begin(**{"deform-bounded": {"conv": "deform"}})
+    with pytest.raises(ConfigError, match=r"variants\.deform-bounded: expected .*max_offset"):
+        compare(tiny(tmp_path, conv=["deform-bounded"]))
+
+
+def test_one_command_in_a_folder(tmp_path):
+    """Two would each leave a configuration and a summary without the other's rows."""
+    config = tiny(tmp_path)
+    with locked(config.folder), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing into"):
+        compare(config)
+    assert not list(config.folder.iterdir())

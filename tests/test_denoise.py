@@ -1,6 +1,7 @@
 """Image filters against the layers they slice, their memory, the heuristic metric, and the denoising recipe."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from timm_metricconv.recipes.config import ConfigError, RecipeError, build
 from timm_metricconv.recipes.denoise import DenoiseConfig, denoise
 from timm_metricconv.recipes.denoise_data import NoisyImages, add_noise, image_paths
 from timm_metricconv.recipes.filters import DeformFilter2d, ImageMetricFilter2d, MetricFilter2d
+from timm_metricconv.recipes.run import locked
 
 PIXELS = 2 * 12 * 10
 
@@ -175,6 +177,7 @@ def test_refusals_of_filters(make, message):
 MEMORY = """
 import re, sys, torch
 from timm_metricconv.recipes.filters import DeformFilter2d, MetricFilter2d
+from timm_metricconv.recipes.run import locked
 torch.set_num_threads(2)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -364,3 +367,10 @@ def test_divergence_and_misspelt_keys(tmp_path):
         denoise(tiny(tmp_path, method=["metric"], eps_omega=[]))
     with pytest.raises(ConfigError, match="Did you mean 'sigma'"):
         tiny(tmp_path, sigmma=[0.1])
+
+
+def test_one_command_in_a_folder(tmp_path):
+    config = tiny(tmp_path)
+    with locked(config.folder), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing into"):
+        denoise(config)
+    assert not list(config.folder.iterdir())

@@ -324,3 +324,13 @@ def test_a_program_that_differs_is_not_kept(tmp_path, monkeypatch):
         export(ExportConfig(model="test_resnet_metric", output=str(path), image_size=48))
     assert path.read_bytes() == b"an older export"
     assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_large_network_keeps_the_file_of_its_weights(tmp_path, monkeypatch):
+    """torch writes it beside the network, which names it; here any network is large."""
+    onnxruntime = need_onnx(portable=True)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    path = tmp_path / "out" / "model.onnx"
+    export(ExportConfig(model="test_resnet", output=str(path), image_size=48, dynamic=False))
+    assert sorted(f.name for f in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_outputs()

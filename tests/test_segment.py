@@ -310,6 +310,15 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, folder, spoil, messa
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_batch_of_all_processes_must_be_had(tmp_path, folder, monkeypatch):
+    """Otherwise there is no step, and the network that is saved has not learned."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    config = tiny(tmp_path, folder, batch_size=5)
+    with pytest.raises(ConfigError, match="batch_size=5 in each of 2 processes is more than the 8 training images"):
+        make_mask_loader(config, make_mask_datasets(config)[0], {}, True)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -4,6 +4,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,13 +27,15 @@ from timm.scheduler import create_scheduler, create_scheduler_v2
 from timm_metricconv import PAPER, BallConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.data import evaluation_crop
+from timm_metricconv.recipes.diagnosis import diagnose
 from timm_metricconv.recipes.network import build_model, is_predictor, parameter_groups, predictor_regulariser
 from timm_metricconv.recipes.predict import PredictConfig, predict
-from timm_metricconv.recipes.run import locked
+from timm_metricconv.recipes.run import locked, write_config
 from timm_metricconv.recipes.train import (
     TrainConfig,
     TrainingDiverged,
     _Average,
+    _best,
     learning_rate,
     make_optimiser,
     train,
@@ -515,6 +518,42 @@ def test_one_process_writes_into_a_folder(tmp_path, images):
     with locked(config.folder):
         pass
     assert not list(config.folder.iterdir())
+
+
+def test_another_run_that_began_while_the_data_were_read(tmp_path, images):
+    """Its checkpoints were gone on from as if they were this run's."""
+    other = tiny(tmp_path, images, lr=0.5)
+
+    def begin(model):
+        write_config(other)
+        (other.folder / "curves.csv").touch()
+
+    with pytest.raises(ConfigError, match=r"another lr \(0.5 → 0.002\)"):
+        train(tiny(tmp_path, images), quiet=True, prepare=begin)
+
+
+def test_an_epoch_without_a_score_is_not_the_best(tmp_path, images):
+    """Dice is no number where no class is seen: it is neither more nor less than another."""
+    config = tiny(tmp_path, images, task="segmentation")
+    rows = [{"epoch": epoch, "dice": dice} for epoch, dice in enumerate((math.nan, 3.0, math.nan, 5.0, 5.0), 1)]
+    assert [_best(config, rows[:count])["epoch"] for count in range(1, 6)] == [1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("conv", ["metric", "deform"])
+def test_a_device_without_float64_can_be_diagnosed(conv, monkeypatch):
+    """Apple's has none: what is computed in float64 comes to the CPU first."""
+
+    class OnCPU(torch.Tensor):
+        pass
+
+    def double(tensor):
+        assert isinstance(tensor, OnCPU), "float64 on the device"
+        return tensor.to(torch.float64)
+
+    model = timm.create_model(f"test_resnet_{conv}", stem="cifar").eval()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(OnCPU))
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    assert all(numbers["outside"] >= 0 for numbers in diagnose(model, torch.randn(2, 3, 16, 16)).values())
 
 
 @pytest.mark.slow

@@ -88,16 +88,15 @@ def _errors(backend: str, device: str, dtype: torch.dtype) -> Iterator[Tuple[flo
                 yield error.nan_to_num(torch.inf).item(), f"{key}, {name}"
 
 
-def _seconds(function: Callable[[], object], device: str) -> float:
-    """The shortest of some runs."""
-    best = torch.inf
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+def seconds(function: Callable[[], object], device: str) -> float:
+    """What one call takes, on a GPU from an idle device to an idle device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _speed(backend: str, device: str) -> float:
@@ -106,7 +105,11 @@ def _speed(backend: str, device: str) -> float:
     x = torch.randn(4, 64, 28, 28, device=device, requires_grad=True)
     conv = nn.Conv2d(64, 64, 3, padding=1, device=device)
     layer = MetricConv2d.from_conv(conv, backend=backend)
-    return _seconds(lambda: layer(x).sum().backward(), device) / _seconds(lambda: conv(x).sum().backward(), device)
+    best = [
+        min(seconds(step, device) for _ in range(REPETITIONS))
+        for step in (lambda: layer(x).sum().backward(), lambda: conv(x).sum().backward())
+    ]
+    return best[0] / best[1]
 
 
 def _verdict(backend: str, device: str) -> Verdict:

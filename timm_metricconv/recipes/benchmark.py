@@ -4,7 +4,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import deform_conv2d
 
+from ..check import seconds
 from ..layers import LAYERS, BallConv2d
 from ..models.ball_resnet import FAMILIES
 from ..ops import BACKENDS, why_not_on
@@ -179,16 +179,6 @@ def _step(peer: Peer, x: Tensor, direction: str) -> Callable[[], None]:
     return forward_backward
 
 
-def _seconds(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def _peak_mb(step: Callable[[], None], device: str) -> float:
     """Memory that a step allocates on top of weights and input, at its highest, in MB."""
     if device == "cuda":
@@ -223,7 +213,7 @@ def _time(config: BenchmarkConfig, what: str, shape: str, x: Tensor, peers: List
         times: Dict[Tuple[str, str], List[float]] = {key: [] for key in steps}
         for _ in range(config.repeats):
             for key, step in steps.items():
-                times[key].append(_seconds(step, config.device))
+                times[key].append(seconds(step, config.device))
         median = {key: statistics.median(values) for key, values in times.items()}
         for key, step in steps.items():
             quartiles = statistics.quantiles(times[key], n=4) if config.repeats > 1 else [median[key]] * 3

@@ -18,7 +18,7 @@ from .intervals import Difference, mean_interval, paired_difference
 from .launch import LaunchConfig, run_all
 from .network import count_macs, create_model, parameter_counts
 from .report import console, print_table, save_figure, write_summary
-from .run import check_same_run, read_curves, write_config
+from .run import check_same_run, locked, read_curves, write_config
 from .settings import RunConfig, Seed, TaskName, TrainConfig
 from .train import TASKS
 
@@ -47,7 +47,7 @@ ROWS = ("conv", "variants", "init", "kernel", "seeds", "launcher", "gpus_per_run
 # What a comparison sets for each run.
 OWN = (
     *("name", "output", "task", "seed", "model", "model_args"),
-    *("pretrained", "checkpoint", "kernel_start", "fixed_kernel"),
+    *("pretrained", "checkpoint", "kernel_start", "fixed_kernel", "kernels"),
 )
 
 # What the runs of a cell start from: the standard network's weights everywhere; everywhere but in the kernels that are
@@ -94,9 +94,14 @@ def _cells(config: CompareConfig) -> Iterator[Cell]:
                 yield Cell(conv, init, kernel)
 
 
+def _variant(config: CompareConfig, conv: str) -> Dict[str, Any]:
+    """How a convolution is defined in this comparison."""
+    return {**VARIANTS, **config.variants}.get(conv, {"conv": conv})
+
+
 def _network(config: CompareConfig, conv: str) -> Dict[str, Any]:
     """`model` and `model_args` of a training run: the standard network is the converted one with no stage converted."""
-    variant = {**VARIANTS, **config.variants}.get(conv, {"conv": conv})
+    variant = _variant(config, conv)
     conv, arguments = variant["conv"], merge(config.model_args, variant.get("model_args", {}))
     if conv == "standard":
         return {"model": f"{config.model}_metric", "model_args": {**arguments, "stages": []}}
@@ -111,8 +116,11 @@ def _kernels(config: CompareConfig) -> List[str]:
     return [name for name, module in twin.named_modules() if isinstance(module, BallConv2d)]
 
 
-def _train_config(config: CompareConfig, **overrides: Any) -> TrainConfig:
-    return build(TrainConfig, {**config.train, "task": config.task, **overrides}, where="train")
+def _train_config(config: CompareConfig, conv: str, **overrides: Any) -> TrainConfig:
+    """A training of a convolution: the comparison's, with what its variant and then `overrides` change."""
+    own = _variant(config, conv).get("train", {})
+    values = {**config.train, "task": config.task, **own, **overrides, **_network(config, conv)}
+    return build(TrainConfig, values, where="train")
 
 
 def _source_checkpoint(config: CompareConfig) -> Optional[str]:
@@ -120,15 +128,14 @@ def _source_checkpoint(config: CompareConfig) -> Optional[str]:
     if not config.source or config.init == ["scratch"]:
         return config.checkpoint
     folder = config.folder / "source"
-    values = {**config.source, **_network(config, "standard"), "task": "classification"}
-    values.update(name="source", output=str(folder))
-    (summary,) = run_all([_train_config(config, **values)], config)
+    values = {**config.source, "task": "classification", "name": "source", "output": str(folder)}
+    (summary,) = run_all([_train_config(config, "standard", **values)], config)
     console.print(f"source task {summary['data']}: the standard network reaches {summary['top1']:.2f} % top-1")
     return str(folder / "model" / "model.safetensors")
 
 
 def _cost(config: CompareConfig, conv: str) -> Dict[str, Any]:
-    task, training = TASKS[config.task], _train_config(config, **_network(config, conv), pretrained=False)
+    task, training = TASKS[config.task], _train_config(config, conv, pretrained=False)
     model = task.network(training, task.datasets(training, training.seed)[0])
     return {**parameter_counts(model), "gmacs": count_macs(model, image_size(training, model.pretrained_cfg))}
 
@@ -244,8 +251,7 @@ def _run(config: CompareConfig, cell: Cell, seed: int, checkpoint: Optional[str]
     uniform = cell.init == "uniform" or (cell.init == "scratch" and cell.kernel == "fixed")
     return _train_config(
         config,
-        **config.variants.get(cell.conv, {}).get("train", {}),
-        **_network(config, cell.conv),
+        cell.conv,
         name=cell.label,
         output=str(_run_folder(config, cell, seed)),
         seed=seed,
@@ -261,7 +267,8 @@ def _check(config: CompareConfig) -> None:
     """Refuses what cannot be run before anything runs."""
     for name, variant in config.variants.items():
         strange = sorted(variant.keys() - {"conv", "model_args", "train"})
-        if strange or variant.get("conv") not in CONVS + OTHERS or name in (*CONVS, *OTHERS, *VARIANTS):
+        taken = name in CONVS + OTHERS or VARIANTS.get(name, variant) != variant
+        if strange or variant.get("conv") not in CONVS + OTHERS or taken:
             raise ConfigError(
                 f"variants.{name}: expected a name of its own, conv (one of {', '.join(CONVS + OTHERS)}), and "
                 f"model_args and train for what differs; got {variant}."
@@ -278,11 +285,11 @@ def _check(config: CompareConfig) -> None:
             raise ConfigError(f"{key}: the list is empty, there is nothing to compare.")
         if len(set(getattr(config, key))) < len(getattr(config, key)):
             raise ConfigError(f"{key}: expected different ones; got {getattr(config, key)}.")
-    for train in (config.train, *(variant.get("train", {}) for variant in config.variants.values())):
+    for conv in ("standard", *config.variants):
         for key in OWN:
-            if key in train:
+            if key in {**config.train, **_variant(config, conv).get("train", {})}:
                 raise ConfigError(f"train.{key}: the comparison sets it for each run; leave it out.")
-        _train_config(config, **train)
+        _train_config(config, conv)
     build(TrainConfig, config.source, where="source")
     if config.checkpoint and (config.source or not Path(config.checkpoint).is_file()):
         raise ConfigError(f"checkpoint: expected a file, and no source beside it; got {config.checkpoint!r}.")
@@ -293,6 +300,13 @@ def _with_earlier_rows(config: CompareConfig) -> CompareConfig:
     if not any(config.folder.glob("*-seed*/summary.json")):
         return config
     earlier = build(CompareConfig, read_yaml(config.folder / "config.yaml"))
+    for name, variant in earlier.variants.items():
+        now = {**VARIANTS, **config.variants}.get(name, variant)
+        if now != variant:
+            raise ConfigError(
+                f"variants.{name}: expected {variant}, as {config.folder} has runs of it; got {now}. Give it another "
+                "name, or another --output."
+            )
     lists = ("conv", "init", "kernel", "seeds")
     rows = {key: list(dict.fromkeys([*getattr(earlier, key), *getattr(config, key)])) for key in lists}
     return replace(config, variants={**earlier.variants, **config.variants}, **rows)
@@ -316,11 +330,19 @@ def compare(config: CompareConfig) -> List[Dict[str, Any]]:
         ConfigError: The configuration cannot be used.
     """
     _check(config)
+    # data and networks are seen to be there before the folder is made: a refused command leaves nothing behind
+    costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
+    with locked(config.folder):
+        return _compare(config, costs, kernels)
+
+
+def _compare(config: CompareConfig, costs: Dict[str, Dict[str, Any]], kernels: List[str]) -> List[Dict[str, Any]]:
+    """What is left to do in a folder that is this process's alone; `costs` by convolution."""
     check_same_run(config, free=ROWS)
     runs = [(cell, seed) for cell in _cells(config) for seed in config.seeds]
     config = _with_earlier_rows(config)
-    costs, kernels = {conv: _cost(config, conv) for conv in config.conv}, _kernels(config)
-    write_config(config)  # not before data and networks were seen to be there: a refused command leaves nothing behind
+    costs = {conv: costs[conv] if conv in costs else _cost(config, conv) for conv in config.conv}
+    write_config(config)
     checkpoint = _source_checkpoint(config)
     score, label = _deciding(config)
     trainings = [_run(config, cell, seed, checkpoint, kernels) for cell, seed in runs]

@@ -133,10 +133,10 @@ def _digits(classes: str, train: bool) -> Pictures:
         first, last = (int(part) for part in (classes or "0-9").split("-"))
     except ValueError:
         raise ConfigError(f"data: expected digits or digits/FIRST-LAST, got 'digits/{classes}'.") from None
+    if not first <= last <= 9:
+        raise ConfigError(f"data: expected digits/FIRST-LAST from 0 to 9, got 'digits/{classes}'.")
     digits = load_digits()
     keep = (digits.target >= first) & (digits.target <= last)
-    if not keep.any():
-        raise ConfigError(f"data: expected digits/FIRST-LAST from 0 to 9, got 'digits/{classes}'.")
     images, labels = (digits.images[keep] * 255 / 16).astype(np.uint8), digits.target[keep] - first
     split = (np.arange(len(labels)) % 4 != 3) == train
     return Pictures(images[split], labels[split], range(last - first + 1))
@@ -437,12 +437,18 @@ def make_validation_set(config: DataConfig) -> Dataset:
     return _view(config, dataset, False)
 
 
-def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, train: bool) -> DataLoader:
-    """timm's loader, with its training augmentation or its validation transform; `[B, 1, S, S]` for a grey network."""
+def check_batch_size(config: DataConfig, dataset: Dataset) -> None:
+    """Refuses a batch of all processes that is more than the training set: no process would train."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if train and hasattr(dataset, "__len__") and len(dataset) < processes * config.batch_size:
+    if hasattr(dataset, "__len__") and len(dataset) < processes * config.batch_size:
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise ConfigError(f"batch_size={config.batch_size}{each} is more than the {len(dataset)} training images.")
+
+
+def make_loader(config: DataConfig, dataset: Dataset, pretrained_cfg: dict, train: bool) -> DataLoader:
+    """timm's loader, with its training augmentation or its validation transform; `[B, 1, S, S]` for a grey network."""
+    if train:
+        check_batch_size(config, dataset)
     mean, std = normalisation(config, pretrained_cfg)
     size, (crop, interpolation) = image_size(config, pretrained_cfg), evaluation_crop(config, pretrained_cfg)
     if isinstance(dataset, View):

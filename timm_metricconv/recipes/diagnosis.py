@@ -40,7 +40,8 @@ def sample_images(loader: DataLoader, count: int = 32) -> Tensor:
 
 
 def _summarise(name: str, values: Tensor) -> Dict[str, float]:
-    return {name: values.double().mean().item(), f"{name}_std": values.double().std(correction=0).item()}
+    values = values.cpu().double()  # some devices have no float64
+    return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
 
 
 def _outside(layer: BallConv2d, x: Tensor, positions: Tensor) -> float:
@@ -49,12 +50,12 @@ def _outside(layer: BallConv2d, x: Tensor, positions: Tensor) -> float:
     columns, rows = positions[:, :, 0] + x_of, positions[:, :, 1] + y_of[:, None]
     height, width = x.shape[2:]
     inside = (columns >= -0.5) & (columns <= width - 0.5) & (rows >= -0.5) & (rows <= height - 0.5)
-    return 1 - inside.double().mean().item()
+    return 1 - inside.cpu().double().mean().item()
 
 
 def _shape(layer: MetricConv2d, x: Tensor) -> Dict[str, float]:
     """Anisotropy and asymmetry over images, pixels and metric groups."""
-    metric, omega = (tensor.double() for tensor in layer.metric(x))
+    metric, omega = (tensor.cpu().double() for tensor in layer.metric(x))
     metric, omega = metric.movedim((-4, -3), (-2, -1)), omega.movedim(-3, -1)
     return {**_summarise("anisotropy", anisotropy(metric)), **_summarise("asymmetry", asymmetry(metric, omega))}
 
@@ -68,7 +69,7 @@ def _explained(points: Tensor, positions: Tensor) -> Dict[str, float]:
     if not radii.any():
         return {}
     steps = [-(-size // FITTED) for size in positions.shape[3:]]
-    thin = positions[..., :: steps[0], :: steps[1]].unflatten(1, (-1, len(radii))).flatten(0, 1)
+    thin = positions[..., :: steps[0], :: steps[1]].unflatten(1, (-1, len(radii))).flatten(0, 1).cpu()
     moved = fit_frame(thin, points).moved.double().mean((0, 1, 2))
     shares = (moved / moved.sum().clamp(min=1e-30)).tolist()
     return _summarise("residual", fit_randers(thin, radii).residual) | dict(zip(PARTS, shares, strict=True))
@@ -102,7 +103,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Dict[str, Dict[str, float]]:
     def look(layer: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
         if layer not in names:
             return
-        x, points = inputs[0], layer.points.reshape(-1, 2)
+        x, points = inputs[0], layer.points.reshape(-1, 2).cpu()
         positions = layer.positions(x)
         rest = points.repeat(positions.shape[1] // len(points), 1)[None, :, :, None, None].to(positions)
         report[names[layer]] = {

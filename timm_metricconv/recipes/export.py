@@ -6,6 +6,7 @@ import shutil
 import time
 import timeit
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
 import torch
@@ -178,7 +179,6 @@ def export(config: ExportConfig) -> Path:
     if path.suffix != suffix:
         raise ConfigError(f"output: expected a name that ends in {suffix}, got {str(path)!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
     pretrained = False if config.checkpoint else config.pretrained
     model = create_model(config.model, config.model_args, pretrained=pretrained).eval()
     if config.checkpoint:
@@ -188,14 +188,14 @@ def export(config: ExportConfig) -> Path:
     images = _images(model, config)
     for image in images:
         check_images(model, image, "--dynamic false exports for one size.")
-    try:
-        run = _EXPORTERS[config.format](_with_backend(model, config.backend), images[0], temporary, config)
+    with TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        program = Path(folder) / path.name  # ONNX names a file beside it for the weights of a large network
+        run = _EXPORTERS[config.format](_with_backend(model, config.backend), images[0], program, config)
         difference = _compare(run, model, images, config)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        files = [file.replace(path.with_name(file.name)) for file in Path(folder).iterdir()]
     tried = ", ".join("×".join(map(str, image.shape)) for image in images)
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, equal to the network within {difference:.1e} on {tried}")
+    size = sum(file.stat().st_size for file in files) / 2**20
+    print(f"{path}: {size:.1f} MiB, equal to the network within {difference:.1e} on {tried}")
     if config.time:
         taken, eager = (_milliseconds(f, images[-1]) for f in (run, model))
         print(f"{config.format} {taken:.1f} ms, network {eager:.1f} ms of CPU time: {taken / eager:.2f} times")

@@ -208,7 +208,6 @@ def _explained(error: Exception, repo: str) -> str:
     reasons = {
         401: f"{constants.ENDPOINT} does not know this token (401): `hf auth login`, or set HF_TOKEN to a valid one.",
         403: f"this token has no right to write {repo} (403): use a write token of {repo.split('/')[0]} or a member.",
-        409: f"{repo} exists already: give --update true to commit to it, or another --repo.",
     }
     return f"repo: {reasons.get(status, f'{constants.ENDPOINT} could not be used for {repo} ({reason}).')}"
 
@@ -236,7 +235,14 @@ def push(config: HubConfig) -> str:
     with TemporaryDirectory() as folder:
         write_repository(config, Path(folder))
         try:
-            api.create_repo(config.repo, private=config.private, exist_ok=config.update)
+            api.create_repo(config.repo, private=config.private, exist_ok=True)
+            there = api.model_info(config.repo)
+            # what a failed upload left behind has no file but the Hub's own, and is filled
+            empty = {file.rfilename for file in there.siblings or ()} <= {".gitattributes"}
+            if not config.update and not (empty and (there.private or not config.private)):
+                raise ConfigError(
+                    f"repo: {config.repo} exists already: give --update true to commit to it, or another --repo."
+                )
             commit = api.upload_folder(
                 repo_id=config.repo, folder_path=folder, commit_message="Upload with timm_metricconv"
             )

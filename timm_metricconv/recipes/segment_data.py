@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .config import ConfigError
-from .data import SUFFIXES, image_size, normalisation, read_image, textures
+from .data import SUFFIXES, check_batch_size, image_size, normalisation, read_image, textures
 from .settings import TrainConfig
 
 # The value of a mask's pixels that count nowhere, as in Pascal VOC.
@@ -208,8 +208,8 @@ def make_mask_datasets(config: TrainConfig, seed: int = 0) -> Tuple[Dataset, Dat
 
 def make_mask_loader(config: TrainConfig, dataset: MaskDataset, pretrained_cfg: dict, train: bool) -> DataLoader:
     """Batches of images `[B, C, S, S]` and masks `[B, S, S]`: cropped, flipped, jittered for training, else resized."""
-    if train and len(dataset) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} training images.")
+    if train:
+        check_batch_size(config, dataset)
     size, jitter = image_size(config, pretrained_cfg), config.color_jitter
     shown: List[Callable] = [v2.Resize((size, size), antialias=True)]
     if train:

@@ -382,13 +382,15 @@ def train(
     file = config.folder / "summary.json"
     ended = json.loads(file.read_bytes()) if file.exists() else None
     longer = ended is not None and config.epochs > ended["epochs"]
-    check_same_run(config, free=["epochs"] if longer else [])
+    free = ["epochs"] if longer else []
+    check_same_run(config, free)
     if ended and not longer:
         if not quiet:
             console.print(f"{config.folder} is complete, and only read.")
         return ended
     trainer = _Trainer(config, quiet, prepare, label)
     with locked(config.folder) if trainer.main else nullcontext():
+        check_same_run(config, free)  # another command may have run there while this one read its data
         return _run(trainer)
 
 
@@ -430,8 +432,9 @@ def _run(trainer: _Trainer) -> Dict[str, Any]:
 
 
 def _best(config: TrainConfig, rows: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """The epoch with the highest deciding score, the first of them."""
-    return max(rows, key=lambda row: row[next(iter(TASKS[config.task].scores))])
+    """The epoch with the highest deciding score, the first of them; one without a score (NaN) is below all."""
+    score = next(iter(TASKS[config.task].scores))
+    return max(rows, key=lambda row: (not math.isnan(row[score]), row[score]))
 
 
 def _summary(config: TrainConfig, model: nn.Module, rows: List[Dict[str, Any]]) -> Dict[str, Any]:
