@@ -177,7 +177,6 @@ def test_refusals_of_filters(make, message):
 MEMORY = """
 import re, sys, torch
 from timm_metricconv.recipes.filters import DeformFilter2d, MetricFilter2d
-from timm_metricconv.recipes.run import locked
 torch.set_num_threads(2)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
