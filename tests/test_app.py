@@ -153,7 +153,6 @@ def browser(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_page_in_a_browser(browser, url, tmp_path):
     """Every control changes its picture and no other, a broken file is told, and nothing is asked of another server."""
     from selenium.webdriver import ActionChains, Keys

@@ -53,7 +53,6 @@ def run_blocks(page):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=ids)
 def test_code_runs(page, tmp_path, monkeypatch):
     for package in NEEDS.get(page.stem, ()):

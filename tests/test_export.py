@@ -18,7 +18,7 @@ from timm_metricconv import LAYERS, BallConv2d, DeformConv2d, MetricConv2d
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.export import _EXPORTERS, ExportConfig, _to_aoti, export
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 FAMILIES = ("metric", "deform", "shifted")
 # A ResNet that a compiler is done with soon; no norm starts at zero, which would hide what precedes it.
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stages": [2], "num_classes": 4, "zero_init_last": False}

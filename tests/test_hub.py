@@ -20,7 +20,7 @@ from timm_metricconv.recipes import hub as module
 from timm_metricconv.recipes.config import ConfigError
 from timm_metricconv.recipes.hub import HubConfig, push
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 HUB_TRIES_AGAIN = int(huggingface_hub.__version__.split(".")[0]) >= 1
 STANDARD = "timm/test_resnet.r160_in1k"
 
@@ -198,6 +198,16 @@ def test_push_says_why_the_hub_refuses(hub, run_folder):
         assert text in line and len(line) < 400
     assert set(hub.repos) == {"tester/taken"}
     assert hub.repos["tester/taken"]["README.md"] != b"old"  # the last one was allowed to update
+
+
+def test_what_a_failed_upload_left_is_filled(hub, run_folder):
+    """A repository with the Hub's own file alone; the second time there is a network in it."""
+    hub.repos["tester/birds"] = {".gitattributes": b"*.safetensors filter=lfs"}
+    command = "scripts/push_to_hub.py", "--folder", str(run_folder), "--repo", "tester/birds"
+    first = hub.python(*command, HF_TOKEN=WRITER)
+    assert first.returncode == 0 and "model.safetensors" in hub.repos["tester/birds"], first.stderr
+    second = hub.python(*command, HF_TOKEN=WRITER)
+    assert second.returncode == 2 and "exists already" in second.stderr
 
 
 def test_push_to_an_unreachable_hub_is_one_line(run_folder, gone):

@@ -7,7 +7,7 @@ from torch import nn
 
 from timm_metricconv import DeformConv2d, MetricConv2d, convert
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 LAYERS = {
     "metric, and what works in place": lambda: [MetricConv2d(3, 5, 3), nn.ReLU(inplace=True)],

@@ -53,7 +53,6 @@ def untimed(records):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
     """A machine is killed in the middle of a run; another goes on after its last epoch, and the table is the same."""
     set_threads(1)  # what Ray gives a task that has one core; sums in another order end in other bits
@@ -91,7 +90,6 @@ def test_a_lost_machine_changes_nothing(cluster, set_threads, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_refusals_cross_the_wire(cluster, tmp_path):
     """What stops a run stops the comparison with the run's own words, and a defect keeps its traceback."""
     config = LaunchConfig(launcher="ray")

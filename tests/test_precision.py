@@ -182,7 +182,6 @@ def _whole(tensor):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, way):
     if not dist.is_available() or not dist.is_gloo_available():
@@ -223,7 +222,6 @@ def test_large_image_in_3_gb(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_fsdp2_example():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     example = ROOT / "docs" / "fsdp2.py"

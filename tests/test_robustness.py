@@ -410,7 +410,6 @@ def test_full_disk_leaves_the_previous_checkpoint(recipes, tmp_path, mount):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_a_resumable_run(tmp_path, recipes, workers):
     config = tiny(recipes, tmp_path / "run", epochs=100_000, workers=workers)  # it never ends by itself

@@ -233,7 +233,6 @@ main(module.train, module.TrainConfig, None)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_killed_process_goes_on(tmp_path, images):
     """Killed where the curves and the network are an epoch ahead of the checkpoint."""
     whole = tiny(tmp_path, images, output=str(tmp_path / "whole"), epochs=4)
@@ -253,7 +252,6 @@ def test_killed_process_goes_on(tmp_path, images):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_processes_train_as_one(tmp_path, images):
     """Half the batch in each is the whole batch in one, where no layer looks at the batch and no image is random."""
     same = {
