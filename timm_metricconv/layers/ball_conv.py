@@ -285,7 +285,6 @@ class BallConv2d(nn.Module):
         """
         if x.dim() == 3:
             return self.positions(x[None])[0]
-        self._check(x)
         return place(self.samples(self.predict(x)))
 
     @torch.jit.ignore
@@ -303,7 +302,7 @@ class BallConv2d(nn.Module):
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         return self._of_batch(x[None])[0] if x.dim() == 3 else self._of_batch(x)
 
-    def _check(self, x: Tensor) -> None:
+    def _of_batch(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"input: expected [B, C_in, H, W] or [C_in, H, W], got {x.shape}.")
         if x.shape[1] != self.in_channels:
@@ -315,9 +314,6 @@ class BallConv2d(nn.Module):
                     f"input: {x.shape} with padding={self.padding} is smaller than the receptive field {field} of "
                     f"kernel_size={self.kernel_size} with dilation={self.dilation}."
                 )
-
-    def _of_batch(self, x: Tensor) -> Tensor:
-        self._check(x)
         raw = self.predict(x)
         samples, mask = self.samples(raw), self.density(raw)
         if torch.jit.is_scripting():

@@ -245,7 +245,6 @@ class MetricConv2d(BallConv2d):
         if x.dim() == 3:
             m, omega = self.metric(x[None])
             return m[0], omega[0]
-        self._check(x)
         m, omega = self._metric(self._channels(self.predict(x))).tensors()
         m, omega = m.permute(0, 3, 4, 5, 1, 2), omega.permute(0, 3, 4, 1, 2)
         return (m[:, 0], omega[:, 0]) if self.metric_groups == 1 else (m, omega)
