@@ -11,7 +11,7 @@ import torch
 from timm_metricconv.ops import why_not_on
 from timm_metricconv.ops.triton_fused import _why_not_on
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_parity():
@@ -23,14 +23,9 @@ def test_parity():
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     root = Path(__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join((str(root), environment.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "triton_parity.py"]
     done = subprocess.run(
-        [*command, "triton_parity.py"],
-        cwd=Path(__file__).parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -236,13 +236,14 @@ def push(config: HubConfig) -> str:
         write_repository(config, Path(folder))
         try:
             api.create_repo(config.repo, private=config.private, exist_ok=True)
-            there = api.model_info(config.repo)
-            # what a failed upload left behind has no file but the Hub's own, and is filled
-            empty = {file.rfilename for file in there.siblings or ()} <= {".gitattributes"}
-            if not config.update and not (empty and (there.private or not config.private)):
-                raise ConfigError(
-                    f"repo: {config.repo} exists already: give --update true to commit to it, or another --repo."
-                )
+            if not config.update:
+                there = api.model_info(config.repo)
+                # what a failed upload left behind has no file but the Hub's own, and is filled
+                empty = {file.rfilename for file in there.siblings or ()} <= {".gitattributes"}
+                if not empty or (config.private and not there.private):
+                    raise ConfigError(
+                        f"repo: {config.repo} exists already: give --update true to commit to it, or another --repo."
+                    )
             commit = api.upload_folder(
                 repo_id=config.repo, folder_path=folder, commit_message="Upload with timm_metricconv"
             )
