@@ -241,13 +241,11 @@ def differences(root):
 
     The second is what a gain has more of in one start, or with one set of data, than in another.
     """
-    scores = {}
+    by_seed, scores = runpy.run_path(str(ROOT / "results" / "tables.py"))["by_seed"], {}
     for file in sorted((root / "results").glob("*.csv")):
         for row in read_csv(file):
-            score = row.get("dice") or row.get("top1")
-            if score and "seeds" in row:
-                by_seed = dict(zip(row["seeds"].split(), map(float, score.split()), strict=True))
-                scores[(file.name, row["init"], row["kernel"]), row["conv"]] = by_seed
+            if "seeds" in row:
+                scores[(file.name, row["init"], row["kernel"]), row["conv"]] = by_seed(row)
 
     def minus(a, b):
         return {seed: a[seed] - b[seed] for seed in a if seed in b}
