@@ -19,9 +19,9 @@ from timm_metricconv.recipes.config import main
 
 
 class WindConv2d(MetricConv2d):
-    """The wind moves the pattern by ρ·w pixels, `reach` steps at the most, and not by B(ρ·w)."""
+    """The wind moves the pattern by at most `reach` steps of the lattice, whatever the frame, and not by B(ρ·w)."""
 
-    reach = 1.0
+    reach: float
 
     def samples(self, raw):
         frame = self._predicted_frame(self._channels(raw))
@@ -31,50 +31,18 @@ class WindConv2d(MetricConv2d):
         return Samples(fields.flatten(3).permute(0, 3, 1, 2), self.points.flatten(0, 1))
 
 
-class Wind2Conv2d(WindConv2d):
-    """The same, two steps at the most."""
-
-    reach = 2.0
-
-
-class HalfWindConv2d(WindConv2d):
-    """The same, half a step at the most."""
-
-    reach = 0.5
-
-
 class BoundConv2d(MetricConv2d):
-    """B = I + N with ‖N‖ below `bound`, and a wind of B(ρ·w) as in the default."""
+    """B = I + N with ‖N‖ below `bound`, and a wind of B(ρ·w) as in the default.
 
-    bound = 0.5
+    From 1 on B may become singular and mirror the pattern. At 0.32 the outermost taps of a 7×7 kernel move by the pixel
+    that the default's 0.95 moves those of a 3×3 one.
+    """
+
+    bound: float
 
     def _predicted_frame(self, raw):
         own = super()._predicted_frame(raw)
         return own._replace(**frame_of(raw[..., :4], self.bound)._asdict())
-
-
-class ThirdConv2d(BoundConv2d):
-    """A bound of a third moves the outermost taps of a 7×7 kernel by the pixel that 0.95 moves those of a 3×3 one."""
-
-    bound = 0.32
-
-
-class NarrowConv2d(BoundConv2d):
-    """Half of that."""
-
-    bound = 0.25
-
-
-class WideConv2d(BoundConv2d):
-    """A bound of two: B may become singular, mirror the pattern and triple it."""
-
-    bound = 2.0
-
-
-class FreeConv2d(BoundConv2d):
-    """B = I + N, as good as unbounded: it may turn by any angle and become singular."""
-
-    bound = 1e4
 
 
 class SymmetricConv2d(MetricConv2d):
@@ -88,7 +56,7 @@ class SymmetricConv2d(MetricConv2d):
 class HybridConv2d(MetricConv2d):
     """The default's ball, and an offset of each tap within `residual` pixels: 6 + 2K numbers."""
 
-    residual = 0.25
+    residual: float
 
     @property
     def predicted(self):
@@ -100,16 +68,13 @@ class HybridConv2d(MetricConv2d):
         return own + self.residual * torch.tanh(offsets / self.residual)
 
 
-class Hybrid1Conv2d(HybridConv2d):
-    """The same, within a pixel."""
-
-    residual = 1.0
-
-
 class PolynomialConv2d(DeformConv2d):
-    """Offsets within a pixel that are a polynomial in the tap's place: of degree 2, 12 numbers; of degree 1, 6."""
+    """Offsets within a pixel that are a polynomial of this degree in the tap's place: 6 numbers for 1, 12 for 2.
 
-    degree = 2
+    Degree 1 is an affine map whose bound is on its samples and not on its frame.
+    """
+
+    degree: int
 
     @property
     def offsets(self):
@@ -121,12 +86,6 @@ class PolynomialConv2d(DeformConv2d):
         basis = torch.linalg.qr(torch.stack(powers, 1)).Q * len(x) ** 0.5  # each moves a tap as far as one offset does
         offsets = torch.einsum("ki,bgidhw->bgkdhw", basis, self._predicted_offsets(raw))
         return (torch.tanh(offsets) + self.points.flatten(0, 1)[:, :, None, None]).flatten(1, 2)
-
-
-class LinearConv2d(PolynomialConv2d):
-    """The same of degree 1: an affine map whose bound is on its samples and not on its frame."""
-
-    degree = 1
 
 
 class _NormedDepthwise(nn.Conv2d):
@@ -157,22 +116,19 @@ class NormedDeformConv2d(NormedPredictor, DeformConv2d):
     """The deformable convolution with that predictor."""
 
 
+def with_(base, **attributes):
+    return type(base.__name__, (base,), attributes)
+
+
 LAYERS |= {
     "metric-normed": NormedMetricConv2d,
     "deform-normed": NormedDeformConv2d,
-    "frame-0.32": ThirdConv2d,
-    "wind-0.5": HalfWindConv2d,
-    "wind-1": WindConv2d,
-    "wind-2": Wind2Conv2d,
-    "frame-0.5": BoundConv2d,
-    "frame-0.25": NarrowConv2d,
-    "frame-2": WideConv2d,
-    "frame-free": FreeConv2d,
     "frame-symmetric": SymmetricConv2d,
-    "hybrid-0.25": HybridConv2d,
-    "hybrid-1": Hybrid1Conv2d,
-    "polynomial-1": LinearConv2d,
-    "polynomial-2": PolynomialConv2d,
+    "frame-free": with_(BoundConv2d, bound=1e4),
+    **{f"frame-{bound}": with_(BoundConv2d, bound=bound) for bound in (0.25, 0.32, 0.5, 2)},
+    **{f"wind-{reach}": with_(WindConv2d, reach=reach) for reach in (0.5, 1, 2)},
+    **{f"hybrid-{residual}": with_(HybridConv2d, residual=residual) for residual in (0.25, 1)},
+    **{f"polynomial-{degree}": with_(PolynomialConv2d, degree=degree) for degree in (1, 2)},
 }
 compare.OTHERS += tuple(name for name in LAYERS if "-" in name)
 
